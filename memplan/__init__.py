@@ -1,0 +1,33 @@
+"""memplan: keep a PyTorch step inside a number of bytes, at the least slowdown a solver can find.
+
+Names load on first use, so that importing memplan, the solvers or the command line does not import torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Problem": "memplan.problem",
+    "Plan": "memplan.plan",
+    "Program": "memplan.program",
+    "simulate": "memplan.simulate",
+    "validate": "memplan.validate",
+    "plan": "memplan.api",
+    "analyze": "memplan.api",
+    "MemplanError": "memplan.errors",
+    "BudgetInfeasibleError": "memplan.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

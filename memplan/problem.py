@@ -1,0 +1,205 @@
+"""The planning problem: ops, the storages they read and write, and what moving bytes costs. Pure data, no torch.
+
+The rules that every solver, the simulator and the validator share:
+
+* A *sequence* is a list of op indices in execution order; an op that stands there twice is recomputed.
+* An op's operands must be held when it runs. A run of an op makes a new *copy* of every buffer it writes; a reader
+  reads the newest copy made before it. A copy is live from the run that makes it to the last run that reads it (itself
+  included). Outputs stay live to the end: of a forward output the copy in force when backward begins (the caller holds
+  it from then on), of any other output the newest copy.
+* *Resident* buffers, written by no op (parameters, inputs), are live throughout.
+* Load at a position = resident bytes + live copies + the running op's workspace; peak = the largest load.
+* Every forward output exists before the first run of a backward or optimizer op.
+* An op marked ``once`` runs exactly once; one of the forward phase runs before the first backward op.
+* ``after``: the first run of an op comes after the first run of every op named there (order of mutations and of draws).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from memplan.errors import InputError
+
+SCHEMA_VERSION = 1
+
+
+class Category(StrEnum):
+    """What a buffer is to the user."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    GRADIENT = "gradient"
+    ACTIVATION = "activation"
+    TEMPORARY = "temporary"
+    OUTPUT = "output"
+    OPTIMIZER = "optimizer"
+
+
+class Phase(StrEnum):
+    """The part of the step an op belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One storage; views share it."""
+
+    name: str
+    size: int  # bytes, rounded up to what the device's allocator hands out
+    category: Category = Category.ACTIVATION
+    module: str = ""  # path of the nn.Module whose op made it
+    source: str = ""  # file:line
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kernel that makes or changes storages. View-only ops are not ops: their readers read the storage."""
+
+    name: str
+    target: str = ""  # e.g. aten.mm.default
+    reads: tuple[int, ...] = ()  # buffers, mutated ones included
+    writes: tuple[int, ...] = ()  # buffers it makes; every buffer has at most one writer
+    mutates: tuple[int, ...] = ()  # resident or earlier-made buffers it changes in place; such an op is ``once``
+    after: tuple[int, ...] = ()  # ops whose first run comes first, beyond what reads imply
+    time: float = 0.0  # microseconds on a device; a file's own unit otherwise
+    workspace: int = 0  # bytes held only while it runs, beyond operands and results
+    phase: Phase = Phase.FORWARD
+    once: bool = False  # random, effectful, mutating, or reads what is mutated: never recomputed
+    module: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A dataflow graph over storages. ``ops`` stand in a valid order (the stored order)."""
+
+    ops: tuple[Op, ...]
+    buffers: tuple[Buffer, ...]
+    outputs: tuple[int, ...] = ()  # buffers that exist at the end, forward outputs included
+    forward_outputs: tuple[int, ...] = ()  # those that exist before the first backward op
+    note: str = field(default="", compare=False)
+
+    @cached_property
+    def writer(self) -> tuple[int, ...]:
+        """For each buffer the op that makes it, -1 for resident ones."""
+        made = [-1] * len(self.buffers)
+        for i, op in enumerate(self.ops):
+            for b in op.writes:
+                made[b] = i
+        return tuple(made)
+
+    @cached_property
+    def resident(self) -> tuple[int, ...]:
+        """Buffers that no op makes: live throughout."""
+        return tuple(b for b, op in enumerate(self.writer) if op < 0)
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        return sum(self.buffers[b].size for b in self.resident)
+
+    @cached_property
+    def operands(self) -> tuple[tuple[int, ...], ...]:
+        """For each op the distinct buffers it reads that some op makes (resident ones cost nothing to hold)."""
+        return tuple(tuple(b for b in dict.fromkeys(op.reads) if self.writer[b] >= 0) for op in self.ops)
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """For each buffer the ops that read it, in stored order."""
+        found: list[list[int]] = [[] for _ in self.buffers]
+        for i, op in enumerate(self.ops):
+            for b in dict.fromkeys(op.reads):
+                found[b].append(i)
+        return tuple(tuple(r) for r in found)
+
+    @cached_property
+    def total_time(self) -> float:
+        """Time of the stored order: every op once."""
+        return sum(op.time for op in self.ops)
+
+    def check(self) -> None:
+        """Raise InputError unless the stored order is a valid sequence of well-formed ops."""
+        made = set(self.resident)
+        seen: set[int] = set()
+        for i, op in enumerate(self.ops):
+            for b in (*op.reads, *op.writes, *op.mutates):
+                if not 0 <= b < len(self.buffers):
+                    raise InputError(f"op {i} ({op.name}) names buffer {b}, which does not exist")
+            for b in op.reads:
+                if b not in made:
+                    raise InputError(f"op {i} ({op.name}) reads buffer {b} before it is made")
+            for b in op.writes:
+                if b in made:
+                    raise InputError(f"op {i} ({op.name}) makes buffer {b}, which exists already")
+                made.add(b)
+            for j in op.after:
+                if j not in seen:
+                    raise InputError(f"op {i} ({op.name}) must come after op {j}, which does not come before it")
+            if op.time < 0 or op.workspace < 0:
+                raise InputError(f"op {i} ({op.name}) has a negative time or workspace")
+            seen.add(i)
+        if not set(self.forward_outputs) <= set(self.outputs):
+            raise InputError("a forward output is not among the outputs")
+        for b in self.outputs:
+            if b not in made:
+                raise InputError(f"output buffer {b} is never made")
+        for b in self.buffers:
+            if b.size < 0:
+                raise InputError(f"buffer {b.name} has a negative size")
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "problem", **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Problem:
+        data = read_schema(text, "problem")
+        return cls(
+            ops=tuple(Op(**_tuples(op) | {"phase": Phase(op["phase"])}) for op in data["ops"]),
+            buffers=tuple(Buffer(**b | {"category": Category(b["category"])}) for b in data["buffers"]),
+            outputs=tuple(data["outputs"]),
+            forward_outputs=tuple(data["forward_outputs"]),
+            note=data.get("note", ""),
+        )
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Problem:
+        return cls.from_json(Path(path).read_text())
+
+    def __str__(self) -> str:
+        lines = [f"problem: {len(self.ops)} ops, {len(self.buffers)} buffers, resident {self.resident_bytes} B"]
+        for i, op in enumerate(self.ops):
+            made = ", ".join(f"%{b}:{self.buffers[b].size}" for b in op.writes)
+            read = ", ".join(f"%{b}" for b in op.reads)
+            flags = " once" if op.once else ""
+            lines.append(f"  {i:>4} {op.phase[:1]} {made or '-'} = {op.name}({read}) {op.time:g}us{flags}")
+        return "\n".join(lines)
+
+
+def read_schema(text: str, kind: str) -> dict[str, Any]:
+    """Parse a memplan JSON document of the given kind; raise InputError when it is another or from another version."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"line {error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(data, dict) or data.pop("kind", None) != kind:
+        raise InputError(f"this is not a memplan {kind} file")
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise InputError(f"this {kind} file has schema_version {version}; this memplan reads {SCHEMA_VERSION}")
+    return data
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in data.items()}

@@ -1,0 +1,87 @@
+"""The Program: a flat list of steps over storages. It is what runs, and what the simulator replays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from memplan.problem import SCHEMA_VERSION, Category, Phase, read_schema
+
+
+class StepKind(StrEnum):
+    """What a step does. A new decision kind adds its kinds of step here."""
+
+    RUN = "run"  # run a kernel: takes ``makes`` and, while it runs, ``workspace``
+    FREE = "free"  # give up storages
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One allocation of the Program: a copy of a buffer, or a resident one."""
+
+    name: str
+    size: int  # bytes
+    category: Category = Category.ACTIVATION
+    module: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step; indices name the Program's storages."""
+
+    kind: StepKind
+    name: str
+    phase: Phase = Phase.FORWARD
+    reads: tuple[int, ...] = ()
+    makes: tuple[int, ...] = ()
+    frees: tuple[int, ...] = ()
+    workspace: int = 0  # bytes
+    time: float = 0.0  # microseconds
+    recompute: bool = False  # a repeated run of an op that ran before
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps in execution order. ``resident`` storages are held before the first step and after the last."""
+
+    storages: tuple[Storage, ...]
+    resident: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "program", **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Program:
+        data = read_schema(text, "program")
+        return cls(
+            storages=tuple(Storage(**s | {"category": Category(s["category"])}) for s in data["storages"]),
+            resident=tuple(data["resident"]),
+            steps=tuple(
+                Step(
+                    **s
+                    | {"kind": StepKind(s["kind"]), "phase": Phase(s["phase"])}
+                    | {k: tuple(s[k]) for k in ("reads", "makes", "frees")}
+                )
+                for s in data["steps"]
+            ),
+        )
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Program:
+        return cls.from_json(Path(path).read_text())
+
+    def __str__(self) -> str:
+        lines = []
+        for at, step in enumerate(self.steps):
+            made = " ".join(f"%{s}:{self.storages[s].size}" for s in step.makes)
+            read = " ".join(f"%{s}" for s in (*step.reads, *step.frees))
+            again = " again" if step.recompute else ""
+            lines.append(f"{at:>5} {step.phase[:1]} {step.kind:<5} {step.name}({read}) -> {made or '-'}{again}")
+        return "\n".join(lines)
