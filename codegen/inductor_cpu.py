@@ -1,0 +1,104 @@
+"""A region through Inductor's C++ on the CPU: compiled once per content key, kept in the process and on disk.
+
+Inductor fuses the region's loops itself, so a region here wants to be large: everything between two matrix products.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from memplan.codegen.eager import RegionFunction, compile_eager
+from memplan.codegen.region import Region, placeholders
+
+from memplan import torch_compat
+
+log = logging.getLogger("memplan.codegen")
+
+
+@dataclass(frozen=True)
+class CompiledRegion:
+    """A region ready to run. Call with the inputs in a sequence; returns a tuple of new tensors.
+
+    ``workspace``: bytes held while it runs beyond inputs and outputs. ``lowering``: what made it.
+    """
+
+    run: RegionFunction = field(repr=False)
+    workspace: int
+    lowering: str
+    source: str = field(default="", repr=False)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.run(inputs)
+
+
+_compiled: dict[str, CompiledRegion] = {}  # by key: repeated layers compile once
+
+
+def compile_inductor(region: Region) -> CompiledRegion:
+    """The region's compiled function; the eager one, with a debug line, where Inductor gives up."""
+    if region.key not in _compiled:
+        _compiled[region.key] = _compile(region)
+    return _compiled[region.key]
+
+
+def _compile(region: Region) -> CompiledRegion:
+    inputs = [n.meta["val"] for n in placeholders(region.graph_module)]
+    try:
+        graph = torch_compat.trace_fake(region.graph_module, inputs, torch_compat.inductor_decompositions())
+        made = torch_compat.inductor_compile(graph, inputs)
+    except RuntimeError as error:
+        log.debug("region %s runs eagerly: %s", region.name, error)
+        return CompiledRegion(compile_eager(region), eager_workspace(region), "eager")
+
+    def run(arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(made(list(arguments)))  # a list of its own: the compiled code clears it
+
+    source = str(getattr(made, "source_code", ""))
+    return CompiledRegion(run, wrapper_workspace(source, region), "inductor", source)
+
+
+def eager_workspace(region: Region) -> int:
+    """An upper bound for op-by-op execution: every inner value at once."""
+    inner = 0
+    results = set(next(reversed(region.graph_module.graph.nodes)).all_input_nodes)
+    for node in region.op_nodes:
+        values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+        if node not in results:
+            inner += sum(v.numel() * v.dtype.itemsize for v in values if isinstance(v, torch.Tensor))
+    return inner
+
+
+_ALLOCATE = re.compile(r"^(\w+) = empty_strided_\w+\(\(([^)]*)\), \(([^)]*)\), (torch\.\w+)\)")
+_RENAME = re.compile(r"^(\w+) = (?:reinterpret_tensor\()?(\w+)(?:[,;)]|$)")
+_DELETE = re.compile(r"\bdel (\w+)")
+_ALIGNMENT = 64  # bytes; what PyTorch's CPU allocator rounds to
+
+
+def wrapper_workspace(source: str, region: Region) -> int:
+    """Bytes that Inductor's wrapper holds beyond inputs and outputs, read from its allocations and deletions."""
+    storage: dict[str, int] = {}  # name in the wrapper -> storage
+    size: dict[int, int] = {}
+    peak = 0
+    for line in map(str.strip, source.splitlines()):
+        if made := _ALLOCATE.match(line):
+            storage[made[1]] = len(size)
+            size[len(size)] = _dense_bytes(made[2], made[3], made[4])
+        elif (renamed := _RENAME.match(line)) and renamed[2] in storage:
+            storage[renamed[1]] = storage[renamed[2]]
+        for name in _DELETE.findall(line):
+            storage.pop(name, None)
+        peak = max(peak, sum(size[s] for s in set(storage.values())))
+    results = sum(-(-t.numel * t.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for t in region.outputs)
+    return max(0, peak - results)
+
+
+def _dense_bytes(shape: str, stride: str, dtype: str) -> int:
+    extents, steps = ([int(v) for v in text.split(",") if v.strip()] for text in (shape, stride))
+    last = sum((extent - 1) * step for extent, step in zip(extents, steps)) + 1
+    kind: Any = getattr(torch, dtype.removeprefix("torch."))
+    return -(-(0 if 0 in extents else last) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
