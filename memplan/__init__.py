@@ -16,11 +16,24 @@ _HOME = {
     "validate": "memplan.validate",
     "plan": "memplan.api",
     "analyze": "memplan.api",
+    "recent_plans": "memplan.backend",
     "MemplanError": "memplan.errors",
     "BudgetInfeasibleError": "memplan.errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "BudgetInfeasibleError",
+    "MemplanError",
+    "Plan",
+    "Problem",
+    "Program",
+    "__version__",
+    "analyze",
+    "plan",
+    "recent_plans",
+    "simulate",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -152,9 +152,9 @@ class Problem:
         for b in self.outputs:
             if b not in made:
                 raise InputError(f"output buffer {b} is never made")
-        for b in self.buffers:
-            if b.size < 0:
-                raise InputError(f"buffer {b.name} has a negative size")
+        for buffer in self.buffers:
+            if buffer.size < 0:
+                raise InputError(f"buffer {buffer.name} has a negative size")
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "problem", **asdict(self)}, indent=1)

@@ -14,6 +14,7 @@ class StepKind(StrEnum):
     """What a step does. A new decision kind adds its kinds of step here."""
 
     RUN = "run"  # run a kernel: takes ``makes`` and, while it runs, ``workspace``
+    VIEW = "view"  # look at a storage another way, or read a size: no bytes, no time
     FREE = "free"  # give up storages
 
 

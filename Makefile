@@ -1,0 +1,35 @@
+# Two commands a newcomer needs: `make demo` and `make test`. Both build .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check format lint types bench clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	# torch first and pinned: asked for by another package, pip would take the newest build with gigabytes of CUDA
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,dev,demo,bench]"
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/memplan demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 tests
+
+check: format lint types test
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy memplan passes solvers codegen
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,285 @@
+"""Captured graph → Problem: storages instead of tensors, kernels instead of nodes.
+
+A node is an *op* when it makes a storage, changes one, or has an effect. Every other node (a view, a getitem, arithmetic
+on sizes) costs nothing and is emitted again beside each reader; it never appears in the Problem.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from memplan import torch_compat
+from memplan.capture import Capture, input_nodes, is_getitem, is_tangent, module_path, source_line, tensors
+from memplan.cost import CostModel
+from memplan.problem import Buffer, Category, Op, Phase, Problem
+
+OP = "memplan_op"  # node meta: index of the op whose run makes the node's value
+BUFFER = "memplan_buffer"  # node meta: the first buffer behind a node's value
+RECOMPUTE = "memplan_recompute"  # node meta: True on a run that is not the op's first
+TANGENTS = "tangents"  # name of the op at which the caller hands the output's gradients to the backward
+
+# Operands that do not influence the outputs a recomputation is read for: running statistics of a batch norm in training
+# only feed the new statistics, whose one reader (the copy back) has run by then.
+_STATISTICS_ONLY: dict[object, tuple[int, ...]] = {
+    torch.ops.aten._native_batch_norm_legit_functional.default: (3, 4),
+}
+_STATISTICS_TRAINING_ARG = 5
+
+
+@dataclass(frozen=True)
+class BuiltProblem:
+    """A Problem and the way back to the graph it was read from."""
+
+    capture: Capture
+    problem: Problem
+    nodes: tuple[
+        tuple[fx.Node, ...], ...
+    ]  # per op: the kernel's node, then its getitems; tangent placeholders for TANGENTS
+    buffer_of: dict[fx.Node, tuple[int, ...]]  # the buffers behind each node's tensors
+
+    @cached_property
+    def op_of(self) -> dict[fx.Node, int]:
+        """The op whose run makes a node's value; free nodes and inputs are absent."""
+        return {node: i for i, nodes in enumerate(self.nodes) for node in nodes}
+
+
+def build_problem(capture: Capture, cost: CostModel, granularity: int) -> BuiltProblem:
+    """``granularity``: the multiple of bytes that the device's allocator hands out."""
+    return _Builder(capture, cost, granularity).build()
+
+
+class _Builder:
+    def __init__(self, capture: Capture, cost: CostModel, granularity: int) -> None:
+        self.capture, self.cost, self.granularity = capture, cost, granularity
+        self.buffers: list[Buffer] = []
+        self.buffer_at: dict[int, int] = {}  # storage key -> buffer
+        self.buffer_of: dict[fx.Node, tuple[int, ...]] = {}
+        self.ops: list[Op] = []
+        self.nodes: list[tuple[fx.Node, ...]] = []
+        self.backward: set[fx.Node] = set()
+
+    def build(self) -> BuiltProblem:
+        graph = self.capture.graph_module.graph
+        self._inputs()
+        ordered = self._phases([n for n in graph.nodes if n.op in ("call_function", "get_attr")])
+        tangents = [n for n in self.capture.placeholders if is_tangent(n)]
+        waiting = bool(tangents)
+        for node in ordered:
+            if waiting and node in self.backward:
+                self._tangents(tangents)
+                waiting = False
+            self._node(node)
+        if waiting:
+            self._tangents(tangents)
+        problem = _with_mutation_order(self._problem())
+        problem.check()
+        for i, nodes in enumerate(self.nodes):
+            for node in nodes:
+                node.meta[OP] = i
+        for node, buffers in self.buffer_of.items():
+            if buffers:
+                node.meta[BUFFER] = buffers[0]
+        return BuiltProblem(self.capture, problem, tuple(self.nodes), self.buffer_of)
+
+    def _inputs(self) -> None:
+        primals = [n for n in self.capture.placeholders if not is_tangent(n)]
+        known = self.capture.inputs
+        for i, node in enumerate(primals):
+            category = known[i] if i < len(known) else Category.INPUT
+            self.buffer_of[node] = self._storages(node, category, str(node.target))
+
+    def _phases(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        """Forward nodes first, each part in its stored order; backward is what needs a tangent or is tagged so."""
+        self.backward |= {n for n in self.capture.placeholders if is_tangent(n)}
+        for node in nodes:
+            tagged = node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+            if tagged or any(a in self.backward for a in input_nodes(node)):
+                self.backward.add(node)
+        return sorted(nodes, key=lambda n: n in self.backward)
+
+    def _tangents(self, placeholders: list[fx.Node]) -> None:
+        """The output's gradients: made by the caller at the start of the backward, and held by it to the end."""
+        for node in placeholders:
+            self.buffer_of[node] = self._storages(node, Category.GRADIENT, str(node.target))
+        made = tuple(dict.fromkeys(b for n in placeholders for b in self.buffer_of[n]))
+        self.ops.append(Op(TANGENTS, TANGENTS, writes=made, phase=Phase.BACKWARD, once=True))
+        self.nodes.append(tuple(placeholders))
+
+    def _node(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.buffer_of[node] = self._storages(node, Category.BUFFER, str(node.target))
+            return
+        if is_getitem(node):
+            self._getitem(node)
+            return
+        before = len(self.buffers)
+        self.buffer_of[node] = self._storages(node, self._category(node), node.name)
+        aliased = view_source(node)
+        if aliased is not None and len(self.buffers) > before:  # a view whose fake tensor forgot its storage
+            del self.buffers[before:]
+            self.buffer_of[node] = self.buffer_of[aliased]
+        made = tuple(range(before, len(self.buffers)))
+        mutated = tuple(b for a in _mutated_args(node) for b in self.buffer_of[a])
+        if not made and not mutated and not _has_effect(node):
+            return
+        reads = tuple(dict.fromkeys(b for a in input_nodes(node) for b in self.buffer_of.get(a, ())))
+        cost = self.cost.cost(node)
+        self.ops.append(
+            Op(
+                name=node.name,
+                target=str(node.target),
+                reads=reads,
+                writes=made,
+                mutates=mutated,
+                time=cost.time,
+                workspace=cost.workspace,
+                phase=Phase.BACKWARD if node in self.backward else Phase.FORWARD,
+                once=bool(mutated) or _has_effect(node) or is_random(node),
+                module=module_path(node),
+                source=source_line(node),
+            )
+        )
+        self.nodes.append((node,))
+
+    def _getitem(self, node: fx.Node) -> None:
+        """A getitem of an op's tuple belongs to the op's run: kept apart it would hold the whole tuple."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        keys = [torch_compat.storage_key(t) for t in tensors(node.meta.get("val"))]
+        self.buffer_of[node] = tuple(self.buffer_at[k] for k in keys if k in self.buffer_at)
+        owner = next((i for i in range(len(self.nodes) - 1, -1, -1) if source in self.nodes[i]), None)
+        if owner is not None:
+            self.nodes[owner] = (*self.nodes[owner], node)
+
+    def _storages(self, node: fx.Node, category: Category, name: str) -> tuple[int, ...]:
+        """The buffers behind a node's tensors; a storage seen for the first time becomes a new buffer."""
+        found = []
+        parts = list(tensors(node.meta.get("val")))
+        for k, tensor in enumerate(parts):
+            key = torch_compat.storage_key(tensor)
+            if key not in self.buffer_at:
+                size = torch_compat.size_hint(tensor.untyped_storage().nbytes())
+                rounded = -(-size // self.granularity) * self.granularity
+                label = name if len(parts) == 1 else f"{name}.{k}"
+                self.buffers.append(Buffer(label, rounded, category, module_path(node), source_line(node)))
+                self.buffer_at[key] = len(self.buffers) - 1
+            found.append(self.buffer_at[key])
+        return tuple(dict.fromkeys(found))
+
+    def _category(self, node: fx.Node) -> Category:
+        return Category.TEMPORARY if node in self.backward else Category.ACTIVATION
+
+    def _problem(self) -> Problem:
+        outputs = self.capture.outputs
+        count = self.capture.forward_outputs
+        forward = [b for n in outputs[:count] if isinstance(n, fx.Node) for b in self.buffer_of[n]]
+        later = [b for n in outputs[count:] if isinstance(n, fx.Node) for b in self.buffer_of[n]]
+        tangents = [b for op in self.ops if op.name == TANGENTS for b in op.writes]
+        for kind, members in ((Category.OUTPUT, forward), (Category.GRADIENT, later)):
+            for b in members:
+                if self.buffers[b].category in (Category.ACTIVATION, Category.TEMPORARY):
+                    self.buffers[b] = replace(self.buffers[b], category=kind)
+        self._temporaries(set(forward) | set(later))
+        return Problem(
+            tuple(self.ops),
+            tuple(self.buffers),
+            outputs=tuple(dict.fromkeys((*forward, *later, *tangents))),
+            forward_outputs=tuple(dict.fromkeys(forward)),
+        )
+
+    def _temporaries(self, outputs: set[int]) -> None:
+        """A forward buffer that no backward op reads is a temporary, not a saved activation."""
+        saved = {b for op in self.ops if op.phase == Phase.BACKWARD for b in op.reads}
+        for b, buffer in enumerate(self.buffers):
+            if buffer.category == Category.ACTIVATION and b not in saved and b not in outputs:
+                self.buffers[b] = replace(buffer, category=Category.TEMPORARY)
+
+
+def _with_mutation_order(problem: Problem) -> Problem:
+    """Order what the dataflow does not: readers before and after a mutation, and random draws among themselves.
+
+    A reader of a buffer that changes may not run again after the change: it becomes ``once``.
+    """
+    after: dict[int, list[int]] = defaultdict(list)
+    frozen: set[int] = set()
+    mutated = {b for op in problem.ops for b in op.mutates}
+    users: dict[int, list[int]] = defaultdict(list)  # of a mutated buffer, so far
+    last_change: dict[int, int] = {}
+    last_draw: int | None = None
+    for i, op in enumerate(problem.ops):
+        for b in mutated.intersection(op.reads):
+            if b in last_change:
+                after[i].append(last_change[b])
+            if b in op.mutates:
+                after[i].extend(users[b])
+                last_change[b], users[b] = i, []
+            else:
+                users[b].append(i)
+                frozen.add(i)
+        if op.once and op.name != TANGENTS and not op.mutates:
+            if last_draw is not None:
+                after[i].append(last_draw)
+            last_draw = i
+    ops = []
+    for i, op in enumerate(problem.ops):
+        once = op.once or (i in frozen and op.target not in _STATISTICS_TARGETS)
+        ops.append(replace(op, once=once, after=tuple(sorted({j for j in after[i] if j != i}))))
+    return replace(problem, ops=tuple(ops))
+
+
+_STATISTICS_TARGETS = {str(target) for target in _STATISTICS_ONLY}
+
+
+def is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _schema(node: fx.Node) -> torch.FunctionSchema | None:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Anything but a plain functional op: higher-order ops, collectives, assertions, ops without tensor results."""
+    if not callable(node.target) or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    schema = _schema(node)
+    if schema is None:
+        return node.is_impure()
+    return schema.is_mutable or "c10d" in schema.name or (node.is_impure() and not is_random(node))
+
+
+def _args_where(node: fx.Node, wanted: Callable[[torch.Argument], bool]) -> list[fx.Node]:
+    schema = _schema(node)
+    if schema is None:
+        return []
+    found: list[fx.Node] = []
+    for k, argument in enumerate(schema.arguments):
+        given = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name)
+        if given is not None and wanted(argument):
+            fx.node.map_arg(given, found.append)
+    return found
+
+
+def _mutated_args(node: fx.Node) -> list[fx.Node]:
+    return _args_where(node, lambda a: a.alias_info is not None and a.alias_info.is_write)
+
+
+def view_source(node: fx.Node) -> fx.Node | None:
+    """The operand a view op looks at, by its schema; None for ops that make their result."""
+    schema = _schema(node)
+    if schema is None or schema.is_mutable or not any(r.alias_info for r in schema.returns):
+        return None
+    sources = _args_where(node, lambda a: a.alias_info is not None)
+    return sources[0] if sources else None
+
+
+def phases_of(problem: Problem, sequence: Sequence[int]) -> int:
+    """Position of the first run that is not of the forward phase; len(sequence) if there is none."""
+    return next((t for t, i in enumerate(sequence) if problem.ops[i].phase != Phase.FORWARD), len(sequence))

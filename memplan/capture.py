@@ -1,0 +1,79 @@
+"""What memplan keeps of a captured graph: which node is an op, which only views, and what every value is to the user.
+
+The graph is AOTAutograd's: functional aten ops with fake tensors in ``meta["val"]``; a joint graph's placeholders are
+``primals`` then ``tangents``, its outputs the forward's outputs then the gradients.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from memplan.problem import Category
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured graph. ``inputs``: category of each placeholder that is no tangent, by position."""
+
+    graph_module: fx.GraphModule
+    forward_outputs: int  # how many of the graph's outputs belong to the forward; all of them for inference
+    inputs: Sequence[Category] = field(default=())
+    training: bool = True
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(reversed(self.graph_module.graph.nodes))
+
+    @property
+    def outputs(self) -> list[object]:
+        """The graph's flat outputs: nodes, None or constants."""
+        return list(self.output_node.args[0])  # type: ignore[arg-type]
+
+
+def is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def tensors(value: object) -> Iterator[torch.Tensor]:
+    """The tensors inside a ``meta["val"]``, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def input_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(node.all_input_nodes)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the nn.Module whose call made the node (for a backward node: of its forward), '' if unknown."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"L\['[^']*'\]\.?|_modules\['([^']*)'\]", lambda m: m[1] or "", path)
+    return re.sub(r"getattr\((.*), '([^']*)'\)", r"\1.\2", path).replace("[", ".").replace("]", "").replace("'", "")
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the innermost user frame that made the node, '' if unknown."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
