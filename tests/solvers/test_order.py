@@ -1,0 +1,121 @@
+"""The order solver against brute force, the independent validator, and itself run again."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.errors import PlanError
+from memplan.outcome import Status
+from memplan.problem import Buffer, Op, Phase, Problem
+from memplan.solvers.order import forced_live_bound, polish_order, solve_order
+from memplan.solvers.order.bound import cut_at, forced_live
+from memplan.solvers.order.model import build_model
+from memplan.solvers.order.sweep import KEYS, list_schedule, sweep
+from memplan.validate import check_sequence, validate
+
+
+def random_problem(rng: random.Random, n: int, *, backward: bool = True, density: float = 2.0) -> Problem:
+    """A valid problem of n ops with every feature: several results, workspaces, order edges, once, outputs of both kinds."""
+    buffers = [Buffer("weight", rng.randrange(4))]
+    made: list[int] = []
+    ops: list[Op] = []
+    first_backward = rng.randrange(1, n + 1) if backward else n
+    for i in range(n):
+        reads = rng.sample(made, min(len(made), rng.randrange(int(2 * density)))) + rng.choice([[], [0]])
+        writes = tuple(range(len(buffers), len(buffers) + rng.choice([0, 1, 1, 1, 2])))
+        buffers += [Buffer(f"b{b}", rng.choice([0, 1, 2, 3, 5, 8, 13])) for b in writes]
+        ops.append(
+            Op(
+                f"op{i}",
+                reads=tuple(reads),
+                writes=writes,
+                after=tuple(rng.sample(range(i), 1)) if i and rng.random() < 0.1 else (),
+                time=1.0,
+                workspace=rng.choice([0, 0, 0, 6]),
+                phase=Phase.FORWARD if i < first_backward else Phase.BACKWARD,
+                once=rng.random() < 0.2,
+            )
+        )
+        made += writes
+    outputs = tuple(sorted(rng.sample(made, min(len(made), rng.randrange(3)))))
+    forward = {b for op in ops[:first_backward] for b in op.writes}
+    problem = Problem(tuple(ops), tuple(buffers), outputs, tuple(b for b in outputs if b in forward))
+    problem.check()
+    return problem
+
+
+def with_repeats(rng: random.Random, problem: Problem) -> tuple[int, ...]:
+    """The stored order with some recomputation: valid, as every operand was made before."""
+    sequence = list(range(len(problem.ops)))
+    again = [i for i, op in enumerate(problem.ops) if not op.once]
+    for i in rng.choices(again, k=rng.randrange(4)) if again else []:
+        sequence.insert(rng.randrange(i + 1, len(sequence) + 1), i)
+    return tuple(sequence)
+
+
+def least_peak(problem: Problem) -> int:
+    """By trying every order with the validator's own rules."""
+    peaks = []
+    for sequence in itertools.permutations(range(len(problem.ops))):
+        try:
+            peaks.append(check_sequence(problem, sequence)[0])
+        except PlanError:
+            continue
+    return min(peaks)
+
+
+seeds = st.integers(0, 2**32).map(random.Random)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 6))
+def test_least_peak_on_small_graphs(rng: random.Random, n: int) -> None:
+    problem = random_problem(rng, n)
+    plan = solve_order(problem)
+    validate(problem, plan)
+    assert plan.peak == least_peak(problem)
+    assert plan.status == Status.OPTIMAL
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 30))
+def test_plans_are_valid_and_bounds_hold(rng: random.Random, n: int) -> None:
+    problem = random_problem(rng, n)
+    plan = solve_order(problem)
+    validate(problem, plan)
+    assert sorted(plan.sequence) == list(range(n))
+    assert forced_live_bound(problem) <= plan.peak_bound <= plan.peak <= plan.unplanned_peak
+    assert (plan.status == Status.OPTIMAL) == (plan.peak == plan.peak_bound)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 25))
+def test_cut_is_between_forced_live_and_the_load_of_any_order(rng: random.Random, n: int) -> None:
+    problem = random_problem(rng, n)
+    model = build_model(problem)
+    forced = forced_live(model)
+    for s in (sweep(model), sweep(model, backward=True)):
+        for key in KEYS:
+            order = list_schedule(s, key)
+            validated = check_sequence(problem, model.sequence(order))[0]
+            assert model.peak(order) == validated
+            for v, load in zip(order, model.loads(order), strict=True):
+                assert forced[v] <= cut_at(model, v) <= load
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 20))
+def test_polish_keeps_runs_and_never_raises_the_peak(rng: random.Random, n: int) -> None:
+    problem = random_problem(rng, n)
+    sequence = with_repeats(rng, problem)
+    before, time = check_sequence(problem, sequence)
+    polished = polish_order(problem, sequence)
+    after, same_time = check_sequence(problem, polished)
+    assert after <= before and same_time == time
+    assert Counter(polished) == Counter(sequence)
+    assert build_model(problem, sequence).peak(range(build_model(problem, sequence).n)) == before
