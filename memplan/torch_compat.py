@@ -127,4 +127,4 @@ def allocation_events(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     finally:
         threads = _disable_profiler_legacy()
     events = (event for thread in threads for event in thread if event.kind() == "memory_alloc")
-    return result, [event.cpu_memory_usage() + event.device_memory_usage() for event in events]
+    return result, [event.cpu_memory_usage() + event.cuda_memory_usage() for event in events]

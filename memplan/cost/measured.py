@@ -1,0 +1,195 @@
+"""Cost by measurement: each op once per signature, with made-up operands of exactly its layouts.
+
+The op runs in a thread of its own. Torch's dispatch modes, profilers, grad mode and autocast belong to a thread, so
+nothing of the compile under way (fake tensors, functionalization, tracing) can reach the measured op, and the profiler
+that a user may have running sees nothing of it. The random number generators are put back as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from memplan.cost import Cost
+from memplan.cost.analytic import AnalyticCost, is_view
+from memplan.cost.cache import CostCache
+from memplan.cost.signature import Layout, Signature, results, signature
+from memplan.cost.workspace import unseen
+from memplan.devices import profile_for
+from memplan.torch_compat import allocation_events
+
+log = logging.getLogger("memplan")
+
+# Three repetitions tell an outlier from the median; small ops repeat up to 30 ms for a steadier one.
+_MIN_REPETITIONS, _MAX_REPETITIONS, _BUDGET_S = 3, 15, 0.03
+# Elements of the block of random numbers that operands repeat: drawing every element anew costs more than most ops.
+_BLOCK = 1 << 16
+# What an aten op that dislikes its made-up operands, or finds no memory, raises.
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
+_UNMEASURABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class MeasuredCost:
+    """Measures on the device at hand; asks the analytic model where an op cannot be measured.
+
+    Not measured: ops outside aten (they may have effects), ops whose result depends on data, assertions, ops of another
+    device than the profile's, and ops that refuse made-up operands. The debug log names each.
+    """
+
+    def __init__(self, fallback: AnalyticCost, cache: CostCache | None = None) -> None:
+        self.fallback = fallback
+        self.profile = fallback.profile
+        self.available = is_present(fallback)
+        self.cache = cache or CostCache(environment(self.profile.kind) if self.available else "none")
+        self._seen: dict[Signature, Cost] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="memplan-cost")
+
+    def cost(self, node: fx.Node) -> Cost:
+        """Microseconds and bytes of one run; nothing for placeholders, getitems and views."""
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or is_view(target):
+            return self.fallback.cost(node)
+        described = signature(node)
+        found = self._seen.get(described)
+        if found is None:
+            found = self._seen[described] = self._look_up(described, node)
+        return found
+
+    def _look_up(self, described: Signature, node: fx.Node) -> Cost:
+        made = results(node)
+        if not self._is_measurable(described, made):
+            log.debug("cost of %s: estimated, it is not measurable here", node.target)
+            return self.fallback.estimate(described, made)
+        text = repr(tuple(described))
+        known = self.cache.get(text)
+        if known is not None:
+            return known
+        try:
+            measured = self._worker.submit(measure, described, self.profile.granularity).result()
+        except _REFUSALS as error:
+            log.debug("cost of %s: estimated, it cannot run on made-up operands: %s", node.target, error)
+            return self.fallback.estimate(described, made)
+        self.cache.put(text, measured)
+        return measured
+
+    def _is_measurable(self, described: Signature, made: list[Layout]) -> bool:
+        target = described.target
+        touched = [*described.operands(), *made]
+        return (
+            self.available
+            and target.namespace in ("aten", "prims")
+            and not _UNMEASURABLE.intersection(target.tags)
+            and "_assert" not in target._opname
+            and all(layout.device == self.profile.kind for layout in touched)
+        )
+
+
+def measure(described: Signature, granularity: int) -> Cost:
+    """Run the op on made-up operands: its median time in microseconds and its workspace in bytes.
+
+    Workspace is the peak of the allocator's events over the results, every result rounded up to ``granularity`` as its
+    buffer is, plus what the kernel is known to take past the allocator.
+    """
+    touched = {layout.device for layout in described.operands()}
+    gpus = [torch.cuda.current_device()] if "cuda" in touched else []
+    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        args = _materialize(described.args)
+        kwargs = {name: _materialize(value) for name, value in described.kwargs}
+        own = {t.untyped_storage().data_ptr() for t in _tensors((args, tuple(kwargs.values())))}
+
+        def run() -> Any:
+            return described.target(*args, **kwargs)
+
+        made, events = allocation_events(run)  # the first run also pays for code generation and page faults
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(made))}
+        del made
+        kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
+        held = max(0, max(accumulate(events), default=0) - kept) + unseen(described, torch.get_num_threads())
+        return Cost(_median_time(run, bool(gpus)), round_up(held, granularity))
+
+
+def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:
+    """Microseconds of one run, freeing its results included."""
+    times: list[float] = []
+    while len(times) < _MIN_REPETITIONS or (sum(times) < _BUDGET_S and len(times) < _MAX_REPETITIONS):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def _materialize(described: Any) -> Any:
+    """An argument again: a tensor for every Layout, a list for every tuple."""
+    if isinstance(described, Layout):
+        return synthetic(described)
+    if type(described) is tuple:
+        return [_materialize(part) for part in described]
+    return described
+
+
+def synthetic(layout: Layout) -> torch.Tensor:
+    """A tensor of a layout. Floats lie in (0, 1], where every function is defined; integers are 0, a valid index."""
+    extent = layout.extent
+    storage = torch.zeros(extent, dtype=layout.dtype, device=layout.device)
+    if layout.dtype.is_floating_point or layout.dtype == torch.bool:
+        uniform = 1 - torch.rand(min(extent, _BLOCK), device=layout.device)
+        block = uniform > 0.5 if layout.dtype == torch.bool else uniform.to(layout.dtype)
+        whole = extent - extent % _BLOCK
+        storage[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, -1)) if whole else None
+        storage[whole:].copy_(block[: extent - whole])
+    return storage.as_strided(layout.shape, layout.stride)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def is_present(model: AnalyticCost) -> bool:
+    """Whether the device of the model's profile is the one at hand."""
+    profile = model.profile
+    if profile.kind == "cpu":
+        return True
+    return torch.cuda.is_available() and profile_for("cuda").name == profile.name
+
+
+def environment(kind: str) -> str:
+    """What measured costs depend on besides the op: torch, the device, threads and the switches that choose kernels."""
+    if kind == "cuda":
+        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:
+        device = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    switches = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.get_float32_matmul_precision(),
+    )
+    return f"torch {torch.__version__}; {device}; {switches}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def round_up(size: int, granularity: int) -> int:
+    return -(-size // granularity) * granularity
