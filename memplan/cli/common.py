@@ -1,0 +1,83 @@
+"""What every command shares: options with their help, and writing results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memplan.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Format(StrEnum):
+    """How a command prints its answer on stdout."""
+
+    TABLE = "table"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    GITHUB = "github"
+    JUNIT = "junit"
+    SARIF = "sarif"
+
+
+Entry = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENTRY",
+        help="file.py:name or module:attr: a callable that returns (model, example_inputs), or the two themselves. "
+        "memplan imports that file and calls the function: it executes the code.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="Input given as a shape, e.g. 8x1024:int64 or input_ids=8x1024:int64; once an input.",
+    ),
+]
+Train = Annotated[bool, typer.Option("--train/--inference", help="A training step, or the forward alone.")]
+Optimizer = Annotated[
+    str | None, typer.Option(help="adamw, adam, sgd or sgd-momentum: count its states and its step (with --train).")
+]
+Target = Annotated[
+    str | None, typer.Option(help="Device to plan for: a profile of `memplan targets` or a profile file.")
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write here; the suffix picks the format.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print the answer on stdout.")]
+TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Stop the solver after this many seconds.")]
+
+
+def check_output(path: Path | None, force: bool) -> None:
+    """Refuse an output that exists or has no folder, before any work. Raises OptionError."""
+    if path is None:
+        return
+    if path.exists() and not force:
+        raise OptionError(f"{path} exists; --force overwrites it")
+    if not path.parent.is_dir():
+        raise OptionError(f"there is no folder {path.parent}")
+
+
+def emit(text: str) -> None:
+    """Data for stdout."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def show(view: RenderableType) -> None:
+    """A rich view on stdout: coloured in a terminal, plain and 110 columns wide in a pipe."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
+    Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False).print(view)
+
+
+def tell(text: str) -> None:
+    """Progress for stderr."""
+    typer.echo(text, err=True)

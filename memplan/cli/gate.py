@@ -1,0 +1,132 @@
+"""``check`` and ``compare``: budgets in the repository, and regressions against a base. For continuous integration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memplan.cli.common import Force, Format, check_output, emit, show, tell
+
+if TYPE_CHECKING:
+    from memplan.gate import ModelConfig, Verdict
+
+GateFormat = Annotated[
+    Format | None,
+    typer.Option("--format", help="How to print the verdict; github inside GitHub Actions, else table."),
+]
+Comment = Annotated[Path | None, typer.Option(help="Also write the verdict as Markdown (at most 64 KB) here.")]
+
+
+def check(
+    config: Annotated[Path, typer.Option(help="pyproject.toml, or a folder in or below its own.")] = Path("."),
+    only: Annotated[list[str] | None, typer.Option("--model", help="Check only this model; may repeat.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="What check -o wrote on the base; judges max_regression too.")
+    ] = None,
+    fmt: GateFormat = None,
+    comment: Comment = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the analyses, for compare.")] = None,
+    force: Force = False,
+) -> int:
+    """Check the budgets of pyproject.toml.
+
+    Holds every [[tool.memplan.model]] against its limit. The entries' code is executed.
+    """
+    from memplan.errors import OptionError
+    from memplan.gate import analyses_to_json, exit_code, read_analyses, read_config
+
+    check_output(output, force)
+    models = read_config(config)
+    unknown = set(only or ()) - {m.label for m in models}
+    if unknown:
+        raise OptionError(f"no model {min(unknown)!r}; models are {', '.join(m.label for m in models)}")
+    before = read_analyses(base) if base else {}
+    verdicts = [_check(m, before) for m in models if not only or m.label in only]
+    if output:
+        output.write_text(analyses_to_json({v.name: v.head for v in verdicts if v.head}), encoding="utf-8")
+    deliver(verdicts, fmt, comment)
+    return exit_code(verdicts)
+
+
+def _check(model: ModelConfig, before: dict) -> Verdict:  # type: ignore[type-arg]
+    from memplan.cli.inspection import analyse
+    from memplan.errors import MemplanError
+    from memplan.gate import Rule, Verdict, judge
+
+    try:
+        head = analyse(
+            model.entry,
+            train=model.train,
+            optimizer=model.optimizer,
+            inputs=model.input,
+            target=model.target,
+            memory_budget=model.memory_budget,
+        )
+    except MemplanError as error:
+        return Verdict(model.label, error=str(error))
+    rules = [] if model.max_regression is None else [Rule.parse(f"peak:{model.max_regression}")]
+    return judge(model.label, head, before.get(model.label), model.limit, rules)
+
+
+def compare(
+    base: Annotated[Path, typer.Argument(help="Analyses of the base: a file that check -o or analyze -o wrote.")],
+    head: Annotated[Path, typer.Argument(help="Analyses of the head.")],
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="Allowed growth, e.g. 'peak:2%' or 'activation:64MiB'; may repeat. Default 'peak:0%'."),
+    ] = None,
+    fmt: GateFormat = None,
+    comment: Comment = None,
+) -> int:
+    """Compare two saved analyses.
+
+    Peaks, the buffers that changed at them with their source lines, and whether that is allowed.
+    """
+    from memplan.gate import Rule, exit_code, judge, read_analyses
+
+    rules = [Rule.parse(text) for text in fail_on or ("peak:0%",)]
+    before, now = read_analyses(base), read_analyses(head)
+    if len(before) == len(now) == 1:  # the same model under another path or name
+        before = dict(zip(now, before.values()))
+    verdicts = [judge(name, analysis, before.get(name), rules=rules) for name, analysis in now.items()]
+    for name in before.keys() - now.keys():
+        tell(f"warning: {name} is in {base} and not in {head}")
+    deliver(verdicts, fmt, comment)
+    return exit_code(verdicts)
+
+
+def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | None) -> None:
+    """Print the verdicts; inside GitHub Actions write the step summary too; write the comment file when asked to."""
+    from memplan.report import ci
+
+    in_actions = os.environ.get("GITHUB_ACTIONS") == "true"
+    chosen = fmt or (Format.GITHUB if in_actions else Format.TABLE)
+    if chosen == Format.TABLE:
+        show(ci.verdict_view(verdicts))
+    else:
+        writers: dict[Format, Callable[[Sequence[Verdict]], str]] = {
+            Format.JSON: ci.verdict_json,
+            Format.MARKDOWN: ci.verdict_markdown,
+            Format.GITHUB: ci.workflow_commands,
+            Format.JUNIT: ci.junit,
+            Format.SARIF: ci.sarif,
+        }
+        text = writers[chosen](verdicts)
+        if text:
+            emit(text)
+    markdown = ci.verdict_markdown(verdicts)
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(markdown + "\n")
+    if comment:
+        comment.write_text(markdown, encoding="utf-8")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(check)
+    app.command()(compare)

@@ -1,0 +1,228 @@
+"""``analyze``, ``plan``, ``frontier`` and ``export``: what one step holds, and what a budget would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memplan.cli.common import (
+    Entry,
+    Force,
+    Format,
+    FormatOption,
+    Inputs,
+    Optimizer,
+    Output,
+    Target,
+    TimeLimit,
+    Train,
+    check_output,
+    emit,
+    show,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from memplan.analysis import Analysis
+
+Depth = Annotated[int, typer.Option(min=0, help="Levels of the module tree.")]
+Why = Annotated[bool, typer.Option("--why", help="List every buffer alive at the peak.")]
+
+
+def analyze(
+    entry: Entry,
+    train: Train = True,
+    optimizer: Optimizer = None,
+    inputs: Inputs = None,
+    target: Target = None,
+    limit: Annotated[str | None, typer.Option(help="Exit with 1 when the peak is over it, e.g. 24GiB.")] = None,
+    depth: Depth = 2,
+    why: Why = False,
+    fmt: FormatOption = Format.TABLE,
+    output: Output = None,
+    force: Force = False,
+) -> int:
+    """Show where the bytes of a step go.
+
+    Peak by category and module, the buffers alive at it, and what would lower it. ENTRY's code is executed. Its model needs no memory: tensors have shapes but no bytes.
+    """
+    from memplan.gate import judge
+    from memplan.units import parse_bytes
+
+    check_output(output, force)
+    if limit is not None:
+        parse_bytes(limit)
+    analysis = analyse(entry, train=train, optimizer=optimizer, inputs=inputs, target=target)
+    verdict = judge(entry, analysis, limit=limit)
+    if output:
+        analysis.export(output)
+    print_analysis(analysis, fmt, depth, why, verdict.limit)
+    for failure in verdict.failures:
+        tell(failure)
+    return 0 if verdict.ok else 1
+
+
+def plan(
+    entry: Entry,
+    memory_budget: Annotated[str, typer.Option(help="Bytes, '24GiB', or '60%' of the unplanned peak.")],
+    train: Train = True,
+    optimizer: Optimizer = None,
+    inputs: Inputs = None,
+    target: Target = None,
+    time_limit: TimeLimit = None,
+    depth: Depth = 1,
+    why: Why = False,
+    fmt: FormatOption = Format.TABLE,
+    output: Output = None,
+    force: Force = False,
+) -> int:
+    """Plan a step inside a memory budget.
+
+    What is recomputed or moved, the predicted time, its bound and the gap.
+    Exit status 1: no plan fits; the smallest feasible budget is named. ENTRY's code is executed.
+    """
+    from memplan.errors import BudgetInfeasibleError
+
+    check_output(output, force)
+    try:
+        analysis = analyse(
+            entry,
+            train=train,
+            optimizer=optimizer,
+            inputs=inputs,
+            target=target,
+            memory_budget=memory_budget,
+            time_limit=time_limit,
+        )
+    except BudgetInfeasibleError as error:
+        tell(str(error))
+        return 1
+    if output:
+        analysis.export(output)
+    print_analysis(analysis, fmt, depth, why, None)
+    return 0
+
+
+def frontier(
+    entry: Entry,
+    points: Annotated[int, typer.Option(min=2, max=64, help="Budgets to try.")] = 9,
+    train: Train = True,
+    optimizer: Optimizer = None,
+    inputs: Inputs = None,
+    target: Target = None,
+    time_limit: TimeLimit = None,
+    fmt: FormatOption = Format.TABLE,
+    output: Output = None,
+    force: Force = False,
+) -> int:
+    """Show peak against time over all budgets.
+
+    From the unplanned peak down to the smallest feasible budget. ENTRY's code is executed."""
+    from memplan.report.text import frontier_table
+
+    check_output(output, force)
+    analysis = analyse(
+        entry,
+        train=train,
+        optimizer=optimizer,
+        inputs=inputs,
+        target=target,
+        time_limit=time_limit,
+        frontier_points=points,
+    )
+    if output:
+        analysis.export(output)
+    if fmt == Format.TABLE:
+        show(frontier_table(analysis.frontier, analysis.unplanned_peak_bytes, analysis.unplanned_time))
+    else:
+        print_analysis(analysis, fmt, 1, False, None)
+    return 0
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="An analysis or plan that -o wrote as JSON.")],
+    fmt: Annotated[str | None, typer.Option("--format", help="memory-viz, chrome-trace, csv, dot, html, …")] = None,
+    output: Output = None,
+    force: Force = False,
+) -> int:
+    """Write a saved analysis for another tool."""
+    from memplan.errors import InputError, OptionError
+    from memplan.gate import read_analyses
+    from memplan.report import render, suffix_for, write
+
+    check_output(output, force)
+    analyses = read_analyses(file)
+    if len(analyses) != 1:
+        raise InputError(f"{file} holds {len(analyses)} analyses; export takes one")
+    (analysis,) = analyses.values()
+    if fmt is None and output is None:
+        raise OptionError("say what to write: --format memory-viz|chrome-trace|csv|dot|html, or -o FILE")
+    if output is None and fmt is not None:
+        content = render(analysis, fmt)
+        if isinstance(content, str):
+            emit(content)
+            return 0
+        output = file.with_suffix(suffix_for(fmt))
+        check_output(output, force)
+    assert output is not None
+    write(analysis, output, fmt)
+    tell(f"wrote {output}")
+    return 0
+
+
+def analyse(
+    entry: str,
+    *,
+    train: bool,
+    optimizer: str | None = None,
+    inputs: list[str] | tuple[str, ...] | None = None,
+    target: str | None = None,
+    memory_budget: str | int | None = None,
+    time_limit: float | None = None,
+    frontier_points: int = 0,
+) -> Analysis:
+    """Load an entry and analyse it; says on stderr that its code runs."""
+    from memplan.cli.entry import load_entry
+    from memplan.cli.solve import progress
+
+    tell(f"memplan: executing {entry} (tensors get shapes, no memory)")
+    with progress("analysing") as say:
+        from memplan import api
+
+        loaded = load_entry(entry, inputs or ())
+        return api.analyze(
+            loaded.model,
+            loaded.args,
+            dict(loaded.kwargs),
+            training=train,
+            optimizer=optimizer,
+            target=target,
+            memory_budget=memory_budget,
+            time_limit=time_limit,
+            frontier_points=frontier_points,
+            name=entry,
+            progress=say,
+        )
+
+
+def print_analysis(analysis: Analysis, fmt: Format, depth: int, why: bool, limit: int | None) -> None:
+    """The answer on stdout."""
+    from memplan.gate import judge
+    from memplan.report import ci, markdown, text
+
+    if fmt == Format.TABLE:
+        show(text.analysis_view(analysis, depth, why))
+    elif fmt == Format.JSON:
+        emit(text.as_json(analysis))
+    elif fmt == Format.MARKDOWN:
+        emit(markdown.analysis_markdown(analysis))
+    else:
+        writer = {Format.GITHUB: ci.workflow_commands, Format.JUNIT: ci.junit, Format.SARIF: ci.sarif}[fmt]
+        emit(writer([judge(analysis.name, analysis, limit=limit)]))
+
+
+def register(app: typer.Typer) -> None:
+    for command in (analyze, plan, frontier, export):
+        app.command()(command)

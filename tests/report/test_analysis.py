@@ -1,0 +1,78 @@
+"""The Analysis: figures that agree with the validator and with each other, and that survive a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from samples import KiB, mlp_problem, planned_analysis, program_of, recomputing_sequence, unplanned_analysis
+
+from memplan.analysis import Analysis, family, lifetimes, timeline
+from memplan.errors import InputError
+from memplan.problem import SCHEMA_VERSION
+from memplan.validate import check_sequence
+
+
+def test_peak_and_time_are_the_validators():
+    problem = mlp_problem()
+    for sequence in (tuple(range(len(problem.ops))), recomputing_sequence(problem)):
+        analysis = Analysis.of(program_of(problem, sequence))
+        assert (analysis.peak_bytes, analysis.time) == check_sequence(problem, sequence)
+
+
+@pytest.mark.parametrize("analysis", [unplanned_analysis(), planned_analysis()], ids=["unplanned", "planned"])
+def test_every_figure_adds_up(analysis):
+    assert sum(analysis.breakdown.values()) == analysis.peak_bytes
+    assert analysis.by_module().total == sum(b.size for b in analysis.at_peak)
+    assert max(i.total for i in analysis.timeline) == analysis.peak_bytes
+    assert all(sum(i.by_category.values()) == i.total for i in analysis.timeline)
+    assert [i.total for i in analysis.timeline] == [
+        load for load, step in zip(analysis.replay.loads, analysis.program.steps) if step.kind == "run"
+    ]
+
+
+def test_lifetimes_give_the_timeline_back():
+    program = planned_analysis().program
+    for now in timeline(program):
+        alive = sum(program.storages[x.storage].size for x in lifetimes(program) if x.start <= now.step < x.end)
+        assert alive + program.steps[now.step].workspace == now.total
+
+
+def test_decisions_say_what_is_recomputed_what_it_frees_and_what_it_costs():
+    (decision,) = planned_analysis().decisions
+    assert (decision.kind, decision.what, decision.module) == ("recompute", "softmax", "layers.*.attn")
+    assert (decision.count, decision.runs, decision.time) == (3, 3, 15.0)
+    assert decision.freed == 3 * 8 * 64 * KiB
+    assert decision.source == "model.py:32"
+
+
+@pytest.mark.parametrize("analysis", [unplanned_analysis(), planned_analysis()], ids=["unplanned", "planned"])
+def test_a_file_gives_the_same_analysis_back(analysis, tmp_path):
+    analysis.save(tmp_path / "a.json")
+    assert Analysis.load(tmp_path / "a.json") == analysis
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["schema_version"] == SCHEMA_VERSION
+    assert data["peak_bytes"] == analysis.peak_bytes and isinstance(data["peak_bytes"], int)
+    assert data["versions"]["memplan"] and data["target"] == "cpu" and data["breakdown"] == analysis.breakdown
+
+
+def test_a_broken_file_is_refused_with_its_fault(tmp_path):
+    data = json.loads(unplanned_analysis().to_json())
+    del data["frontier"]
+    with pytest.raises(InputError, match="frontier"):
+        Analysis.from_json(json.dumps(data))
+    with pytest.raises(InputError, match="not a memplan analysis"):
+        Analysis.from_json(mlp_problem().to_json())
+
+
+def test_fits():
+    analysis = unplanned_analysis()
+    assert analysis.fits(analysis.peak_bytes) and not analysis.fits(analysis.peak_bytes - 1) and analysis.fits("80GiB")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("softmax_3", "softmax"), ("mm_1_2", "mm"), ("h.3.attn", "h.*.attn"), ("relu", "relu"), ("h.0", "h.*"), ("", "")],
+)
+def test_family(name, expected):
+    assert family(name) == expected
