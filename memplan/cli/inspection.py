@@ -189,9 +189,9 @@ def analyse(
 
     tell(f"memplan: executing {entry} (tensors get shapes, no memory)")
     with progress("analysing") as say:
+        loaded = load_entry(entry, inputs or ())
         from memplan import api
 
-        loaded = load_entry(entry, inputs or ())
         return api.analyze(
             loaded.model,
             loaded.args,

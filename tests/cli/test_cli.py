@@ -1,0 +1,180 @@
+"""The command line as a whole: start-up, streams, exit statuses, formats of saved analyses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from samples import KiB, planned_analysis, unplanned_analysis
+
+from memplan.cli import run
+from memplan.cli.entry import parse_shape
+from memplan.errors import OptionError
+from memplan.gate import analyses_to_json
+
+
+def test_importing_the_command_line_imports_nothing_heavy():
+    heavy = "torch", "numpy", "numba", "rich.console", "plotly", "networkx"
+    code = f"import sys, memplan.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["analyze", "plan", "frontier", "check", "compare", "export", "solve", "env"])
+def test_every_command_has_help(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert "Usage: memplan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["analyze", "plan", "frontier"])
+def test_help_says_that_code_is_executed(command, capsys):
+    run([command, "--help"])
+    assert "executes the code" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("memplan ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["bogus"],
+        ["analyze"],
+        ["analyze", "train.py:build", "--format", "yaml"],
+        ["analyze", "no_such_file.py:build"],
+        ["analyze", "no_such_module_anywhere:build"],
+        ["analyze", "json"],
+        ["analyze", "json:no_such_name"],
+        ["analyze", "json:loads", "--limit", "many"],
+        ["compare", "missing.json", "missing.json"],
+        ["export", "missing.json", "--format", "csv"],
+    ],
+)
+def test_what_cannot_be_answered_is_2(line, capsys):
+    assert run(line) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("fault", ["raise ValueError('boom')", "import sys; sys.exit(1)", "1 +"])
+def test_code_of_the_users_that_fails_is_2(tmp_path, capsys, fault):
+    (tmp_path / "train.py").write_text(fault)
+    assert run(["analyze", f"{tmp_path}/train.py:build"]) == 2
+    assert "train.py failed" in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_is_2_and_debug_shows_it(monkeypatch, capsys):
+    def broken(path):
+        raise ZeroDivisionError("deliberate")
+
+    monkeypatch.setattr("memplan.gate.read_analyses", broken)
+    monkeypatch.delenv("MEMPLAN_DEBUG", raising=False)
+    assert run(["compare", "a", "b"]) == 2
+    assert "internal error: ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setenv("MEMPLAN_DEBUG", "1")
+    assert run(["compare", "a", "b"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_crash(tmp_path):
+    path = tmp_path / "a.json"
+    planned_analysis(layers=40).save(path)
+    line = f"{sys.executable} -m memplan.cli export {path} --format csv | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True)
+    assert done.stdout.startswith("id,lower") and done.stderr == "" and done.returncode != 1
+
+
+@pytest.fixture
+def files(tmp_path):
+    base, head = unplanned_analysis(), unplanned_analysis(width=80 * KiB)
+    base.save(tmp_path / "base.json")
+    head.save(tmp_path / "head.json")
+    return str(tmp_path / "base.json"), str(tmp_path / "head.json")
+
+
+def test_compare_finds_the_regression_and_its_line(files, capsys):
+    base, head = files
+    assert run(["compare", base, base]) == 0
+    capsys.readouterr()
+    assert run(["compare", base, head, "--fail-on", "peak:2%"]) == 1
+    assert "model.py:3" in capsys.readouterr().out
+    assert run(["compare", base, head, "--fail-on", "peak:50%"]) == 0
+    assert run(["compare", base, head, "--fail-on", "gibberish"]) == 2
+
+
+@pytest.mark.parametrize("fmt", ["table", "json", "markdown", "github", "junit", "sarif"])
+def test_compare_in_every_format(files, fmt, capsys):
+    assert run(["compare", *files, "--format", fmt]) == 1
+    assert "softmax" in capsys.readouterr().out or fmt in ("github", "sarif")
+
+
+def test_compare_writes_the_step_summary_and_the_comment(files, tmp_path, monkeypatch, capsys):
+    summary, comment = tmp_path / "summary.md", tmp_path / "comment.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert run(["compare", *files, "--comment", str(comment)]) == 1
+    assert capsys.readouterr().out.startswith("::error file=model.py,line=3")
+    assert summary.read_text() == "before\n" + comment.read_text() + "\n"
+    assert comment.read_text().startswith("### ❌ memplan: mlp over budget")
+
+
+def test_compare_matches_models_by_name(tmp_path, capsys):
+    small, large = unplanned_analysis(), unplanned_analysis(width=80 * KiB)
+    (tmp_path / "base.json").write_text(analyses_to_json({"a": small, "b": small, "gone": small}))
+    (tmp_path / "head.json").write_text(analyses_to_json({"b": large, "a": small, "new": large}))
+    line = ["compare", str(tmp_path / "base.json"), str(tmp_path / "head.json"), "--format", "json"]
+    assert run(line) == 1
+    captured = capsys.readouterr()
+    assert {m["name"]: m["ok"] for m in json.loads(captured.out)["models"]} == {"b": False, "a": True, "new": True}
+    assert "gone" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("fmt", "suffix"), [("csv", "csv"), ("dot", "dot"), ("chrome-trace", "trace.json"), ("memory-viz", "pickle")]
+)
+def test_export_by_format_and_by_suffix(tmp_path, fmt, suffix):
+    planned_analysis().save(tmp_path / "plan.json")
+    by_format, by_suffix = tmp_path / "one", tmp_path / f"two.{suffix}"
+    assert run(["export", str(tmp_path / "plan.json"), "--format", fmt, "-o", str(by_format)]) == 0
+    assert run(["export", str(tmp_path / "plan.json"), "-o", str(by_suffix)]) == 0
+    assert by_format.read_bytes() == by_suffix.read_bytes()
+    assert run(["export", str(tmp_path / "plan.json"), "-o", str(tmp_path / "x.unknown")]) == 2
+
+
+def test_colour_is_for_terminals_and_off_with_no_color(files):
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color", "FORCE_COLOR": ""}
+    line = [sys.executable, "-m", "memplan.cli", "compare", files[0], files[0]]
+    for env in (environment, os.environ):
+        assert "\x1b" not in subprocess.run(line, check=False, capture_output=True, text=True, env=dict(env)).stdout
+
+
+def test_env_targets_and_passes(capsys):
+    for command in ("env", "targets", "passes"):
+        assert run([command]) == 0 and run([command, "--format", "json"]) == 0
+        out = capsys.readouterr().out
+        assert json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8x1024:int64", ("", (8, 1024), "int64")),
+        ("ids=8x16", ("ids", (8, 16), "float32")),
+        ("t=scalar:int64", ("t", (), "int64")),
+        ("7", ("", (7,), "float32")),
+    ],
+)
+def test_shapes(text, expected):
+    assert parse_shape(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8x", "a b", "x8", "8:"])
+def test_a_shape_that_cannot_be_read_is_refused(text):
+    with pytest.raises(OptionError):
+        parse_shape(text)
