@@ -8,32 +8,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from memplan.codegen.eager import RegionFunction, compile_eager
-from memplan.codegen.region import Region, placeholders
 
 from memplan import torch_compat
+from memplan.codegen.compiled import CompiledRegion
+from memplan.codegen.eager import compile_eager
+from memplan.codegen.region import Region, placeholders
 
 log = logging.getLogger("memplan.codegen")
-
-
-@dataclass(frozen=True)
-class CompiledRegion:
-    """A region ready to run. Call with the inputs in a sequence; returns a tuple of new tensors.
-
-    ``workspace``: bytes held while it runs beyond inputs and outputs. ``lowering``: what made it.
-    """
-
-    run: RegionFunction = field(repr=False)
-    workspace: int
-    lowering: str
-    source: str = field(default="", repr=False)
-
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return self.run(inputs)
 
 
 _compiled: dict[str, CompiledRegion] = {}  # by key: repeated layers compile once
@@ -53,24 +37,13 @@ def _compile(region: Region) -> CompiledRegion:
         made = torch_compat.inductor_compile(graph, inputs)
     except RuntimeError as error:
         log.debug("region %s runs eagerly: %s", region.name, error)
-        return CompiledRegion(compile_eager(region), eager_workspace(region), "eager")
+        return compile_eager(region)
 
     def run(arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return tuple(made(list(arguments)))  # a list of its own: the compiled code clears it
 
     source = str(getattr(made, "source_code", ""))
     return CompiledRegion(run, wrapper_workspace(source, region), "inductor", source)
-
-
-def eager_workspace(region: Region) -> int:
-    """An upper bound for op-by-op execution: every inner value at once."""
-    inner = 0
-    results = set(next(reversed(region.graph_module.graph.nodes)).all_input_nodes)
-    for node in region.op_nodes:
-        values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
-        if node not in results:
-            inner += sum(v.numel() * v.dtype.itemsize for v in values if isinstance(v, torch.Tensor))
-    return inner
 
 
 _ALLOCATE = re.compile(r"^(\w+) = empty_strided_\w+\(\(([^)]*)\), \(([^)]*)\), (torch\.\w+)\)")
