@@ -1,7 +1,8 @@
-"""Measured costs kept between runs: one SQLite file in the user's cache directory, or ``MEMPLAN_CACHE_DIR``."""
+"""Measurements kept between runs: one SQLite file in the user's cache directory, or ``MEMPLAN_CACHE_DIR``."""
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
@@ -10,13 +11,10 @@ from pathlib import Path
 
 import platformdirs
 
-from memplan.cost import Cost
-
 # The file's name carries the schema, so that an old memplan and a new one leave each other's file alone.
-_FILE = "costs-1.sqlite3"
-_TABLE = """CREATE TABLE IF NOT EXISTS costs (
-    environment TEXT, signature TEXT, time REAL NOT NULL, workspace INTEGER NOT NULL,
-    PRIMARY KEY (environment, signature)) WITHOUT ROWID"""
+_FILE = "measured-1.sqlite3"
+_TABLE = """CREATE TABLE IF NOT EXISTS measured (
+    environment TEXT, key TEXT, numbers TEXT NOT NULL, PRIMARY KEY (environment, key)) WITHOUT ROWID"""
 _BUSY_S = 5.0
 
 
@@ -25,11 +23,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("MEMPLAN_CACHE_DIR") or platformdirs.user_cache_dir("memplan", appauthor=False))
 
 
-class CostCache:
-    """Costs by signature text, valid in one environment (versions, device, threads).
+class Cache:
+    """Tuples of numbers by key, valid in one environment (versions, device, threads).
 
     Several processes may share the file. One that cannot be read or written, for want of a right, of space or of sense,
-    costs one warning; from then on this cache lives in memory.
+    costs one warning; a damaged one is begun anew, and without any this cache lives in memory.
     """
 
     def __init__(self, environment: str, directory: Path | None = None) -> None:
@@ -39,62 +37,62 @@ class CostCache:
         self._connection: sqlite3.Connection | None = None
         self._known = self._open()
 
-    def get(self, signature: str) -> Cost | None:
-        return self._known.get(signature)
+    def get(self, key: str) -> tuple[float, ...] | None:
+        return self._known.get(key)
 
-    def put(self, signature: str, cost: Cost) -> None:
-        """Remember a cost, now and for later runs."""
+    def put(self, key: str, numbers: tuple[float, ...]) -> None:
+        """Remember a measurement, now and for later runs."""
         with self._lock:
-            self._known[signature] = cost
+            self._known[key] = numbers
             if self._connection is None:
                 return
             try:
                 with self._connection:
                     self._connection.execute(
-                        "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)",
-                        (self.environment, signature, cost.time, cost.workspace),
+                        "INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", (self.environment, key, json.dumps(numbers))
                     )
             except sqlite3.Error as error:
                 self._give_up(error)
 
-    def _open(self) -> dict[str, Cost]:
+    def close(self) -> None:
+        """Let go of the file; what is known stays in memory."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> dict[str, tuple[float, ...]]:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return self._read()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # no right, no space, locked: the file itself may be fine
-                return self._give_up(error)
+        except sqlite3.OperationalError as error:  # no right, no space, locked: the file itself may be sound
+            return self._give_up(error)
+        except (sqlite3.DatabaseError, ValueError) as error:
             return self._start_over(error)
         except OSError as error:
             return self._give_up(error)
 
-    def _read(self) -> dict[str, Cost]:
+    def _read(self) -> dict[str, tuple[float, ...]]:
         self._connection = sqlite3.connect(self.path, timeout=_BUSY_S, check_same_thread=False)
         self._connection.execute("PRAGMA synchronous = OFF")  # a lost measurement is measured again
         self._connection.execute(_TABLE)
-        rows = self._connection.execute(
-            "SELECT signature, time, workspace FROM costs WHERE environment = ?", (self.environment,)
-        )
-        return {signature: Cost(float(time), int(held)) for signature, time, held in rows}
+        rows = self._connection.execute("SELECT key, numbers FROM measured WHERE environment = ?", (self.environment,))
+        return {key: tuple(map(float, json.loads(numbers))) for key, numbers in rows}
 
-    def _start_over(self, error: sqlite3.DatabaseError) -> dict[str, Cost]:
+    def _start_over(self, error: Exception) -> dict[str, tuple[float, ...]]:
         """Replace a file that is not a database, or no longer one."""
-        warnings.warn(f"memplan: the cost cache {self.path} is damaged ({error}); starting a new one", stacklevel=2)
-        self._close()
+        warnings.warn(f"memplan: the cache {self.path} is damaged ({error}); starting a new one", stacklevel=2)
+        self.close()
         try:
             self.path.unlink(missing_ok=True)
             return self._read()
         except (sqlite3.Error, OSError):
-            self._close()
+            self.close()
             return {}
 
-    def _give_up(self, error: Exception) -> dict[str, Cost]:
-        message = f"memplan: the cost cache {self.path} cannot be used ({error}); measuring without it"
-        warnings.warn(message, stacklevel=2)
-        self._close()
+    def _give_up(self, error: Exception) -> dict[str, tuple[float, ...]]:
+        warnings.warn(
+            f"memplan: the cache {self.path} cannot be used ({error}); what this process measures is lost at its end",
+            stacklevel=2,
+        )
+        self.close()
         return {}
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None

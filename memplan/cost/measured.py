@@ -21,7 +21,7 @@ from torch import fx
 
 from memplan.cost import Cost
 from memplan.cost.analytic import AnalyticCost, is_view
-from memplan.cost.cache import CostCache
+from memplan.cost.cache import Cache
 from memplan.cost.signature import Layout, Signature, results, signature
 from memplan.cost.workspace import unseen
 from memplan.devices import profile_for
@@ -29,8 +29,8 @@ from memplan.torch_compat import allocation_events
 
 log = logging.getLogger("memplan")
 
-# Three repetitions tell an outlier from the median; small ops repeat up to 30 ms for a steadier one.
-_MIN_REPETITIONS, _MAX_REPETITIONS, _BUDGET_S = 3, 15, 0.03
+# Three repetitions tell an outlier from the median; small ops repeat up to 30 ms for a steadier one, large ones twice.
+_MAX_REPETITIONS, _BUDGET_S = 15, 0.03
 # Elements of the block of random numbers that operands repeat: drawing every element anew costs more than most ops.
 _BLOCK = 1 << 16
 # What an aten op that dislikes its made-up operands, or finds no memory, raises.
@@ -45,11 +45,11 @@ class MeasuredCost:
     device than the profile's, and ops that refuse made-up operands. The debug log names each.
     """
 
-    def __init__(self, fallback: AnalyticCost, cache: CostCache | None = None) -> None:
+    def __init__(self, fallback: AnalyticCost, cache: Cache | None = None) -> None:
         self.fallback = fallback
         self.profile = fallback.profile
         self.available = is_present(fallback)
-        self.cache = cache or CostCache(environment(self.profile.kind) if self.available else "none")
+        self.cache = cache or Cache(environment(self.profile.kind) if self.available else "none")
         self._seen: dict[Signature, Cost] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="memplan-cost")
 
@@ -72,13 +72,13 @@ class MeasuredCost:
         text = repr(tuple(described))
         known = self.cache.get(text)
         if known is not None:
-            return known
+            return Cost(known[0], int(known[1]))
         try:
             measured = self._worker.submit(measure, described, self.profile.granularity).result()
         except _REFUSALS as error:
             log.debug("cost of %s: estimated, it cannot run on made-up operands: %s", node.target, error)
             return self.fallback.estimate(described, made)
-        self.cache.put(text, measured)
+        self.cache.put(text, (measured.time, measured.workspace))
         return measured
 
     def _is_measurable(self, described: Signature, made: list[Layout]) -> bool:
@@ -120,7 +120,11 @@ def measure(described: Signature, granularity: int) -> Cost:
 def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:
     """Microseconds of one run, freeing its results included."""
     times: list[float] = []
-    while len(times) < _MIN_REPETITIONS or (sum(times) < _BUDGET_S and len(times) < _MAX_REPETITIONS):
+    while (
+        len(times) < (2 if sum(times) > 2 * _BUDGET_S else 3)
+        or sum(times) < _BUDGET_S
+        and len(times) < _MAX_REPETITIONS
+    ):
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -1,0 +1,141 @@
+"""What moving bytes to a slower tier costs here: rate and latency of a disk, and of copies between GPU and host.
+
+A transfer takes ``latency + bytes / rate`` (Hockney's model); both come from a least-squares line through the median
+times of three sizes.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from memplan.cost.cache import Cache
+from memplan.devices import Link
+
+# From where latency rules to where the rate does; small enough to leave a slow disk after a few seconds.
+_SIZES = (256 * 1024, 4 * 1024**2, 32 * 1024**2)
+_REPETITIONS = 3
+
+
+def disk_link(directory: str | Path, *, direct: bool = False, cache: Cache | None = None) -> Link:
+    """The link from memory to the disk under ``directory``, measured once and cached.
+
+    A buffered write counts until the data is on the disk, and a buffered read comes from it, not from the page cache.
+    ``direct`` passes the page cache by, where the file system allows it (tmpfs does not: measured buffered then).
+    Raises OSError when the directory cannot be written or is full.
+    """
+    place = Path(directory).resolve()
+    cache = cache or Cache(f"links of {platform.node()}")
+    key = f"disk {os.stat(place).st_dev} {place} {'direct' if direct else 'buffered'}"
+    return _cached(cache, key, lambda: _measure_disk(place, direct))
+
+
+def host_link(cache: Cache | None = None) -> Link:
+    """The link between the current GPU and pinned host memory, measured once and cached. Needs a GPU."""
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return _cached(cache or Cache(f"links of {platform.node()}"), f"host {name}", _measure_host)
+
+
+def _cached(cache: Cache, key: str, measure: Callable[[], Link]) -> Link:
+    known = cache.get(key)
+    if known is not None and len(known) == 3:
+        return Link(*known)
+    link = measure()
+    cache.put(key, (link.write, link.read, link.latency))
+    return link
+
+
+def _measure_disk(directory: Path, direct: bool) -> Link:
+    handle, name = tempfile.mkstemp(prefix="memplan-link-", dir=directory)
+    os.close(handle)
+    try:
+        flag = os.O_DIRECT if direct and hasattr(os, "O_DIRECT") else 0
+        try:
+            file = os.open(name, os.O_RDWR | flag)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the answer of a file system without direct access
+                raise
+            file = os.open(name, os.O_RDWR)
+        try:
+            return _disk_lines(file)
+        finally:
+            os.close(file)
+    finally:
+        os.unlink(name)
+
+
+def _disk_lines(file: int) -> Link:
+    with mmap.mmap(-1, max(_SIZES)) as memory:  # page-aligned, as direct access asks
+        memory.write(os.urandom(1 << 16) * (max(_SIZES) >> 16))  # a compressing disk gains nothing
+        with memoryview(memory) as view:
+
+            def write(size: int) -> None:
+                done = 0
+                while done < size:
+                    done += os.pwrite(file, view[done:size], done)
+                os.fdatasync(file)
+
+            def read(size: int) -> None:
+                done = 0
+                while done < size:
+                    got = os.preadv(file, [view[done:size]], done)
+                    if got == 0:
+                        raise OSError(errno.EIO, "the file ended early")
+                    done += got
+
+            def forget() -> None:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+            return _link(_line(write), _line(read, before=forget))
+
+
+def _measure_host() -> Link:
+    import torch
+
+    host = torch.empty(max(_SIZES), dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(max(_SIZES), dtype=torch.uint8, device="cuda")
+
+    def copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[int], None]:
+        def run(size: int) -> None:
+            target[:size].copy_(source[:size], non_blocking=True)
+            torch.cuda.synchronize()
+
+        return run
+
+    torch.cuda.synchronize()
+    return _link(_line(copy(host, device)), _line(copy(device, host)))
+
+
+def _line(transfer: Callable[[int], None], before: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    """(latency in seconds, seconds a byte) of a transfer."""
+    medians = []
+    for size in _SIZES:
+        times = []
+        for _ in range(_REPETITIONS):
+            before()
+            start = time.perf_counter()
+            transfer(size)
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times))
+    return fit_line(_SIZES, medians)
+
+
+def fit_line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
+    """Intercept and slope of ``times`` over ``sizes``; an intercept below zero is noise and becomes zero."""
+    slope, intercept = statistics.linear_regression(sizes, times)
+    if intercept < 0 or slope <= 0:
+        return 0.0, sum(times) / sum(sizes)
+    return intercept, slope
+
+
+def _link(write: tuple[float, float], read: tuple[float, float]) -> Link:
+    return Link(write=1 / write[1], read=1 / read[1], latency=max(write[0], read[0]) * 1e6)
