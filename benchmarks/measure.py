@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peak import interposed_environment
+from meter import interposed_environment
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"  # scratch: references of gradients; never committed

@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from zoo import Workload

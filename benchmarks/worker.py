@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import zoo
 from measure import Job, Model, Record
-from peak import Meter
+from meter import Meter
 from rivals import Contender, prepare
 from torch import Tensor
 
@@ -166,13 +166,13 @@ def time_pairs(eager: Step, contender: Step, pairs: int) -> Iterator[tuple[float
 
 def failure(error: BaseException) -> Record:
     """The record of a contender whose first step raised; an infeasible budget is an answer, not a failure."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "inner_exception", None)
-        if isinstance(cause, BudgetInfeasibleError):
-            return {"infeasible": {"budget": cause.budget, "smallest": cause.smallest, "bound": cause.bound}}
-        cause = inner or cause.__cause__ or cause.__context__
-    return {"failure": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:400]}
+    cause: BaseException = error
+    while not isinstance(cause, BudgetInfeasibleError):
+        inner = getattr(cause, "inner_exception", None) or cause.__cause__
+        if inner is None:
+            return {"failure": " ".join(f"{type(cause).__name__}: {cause}".split())[:400]}
+        cause = inner
+    return {"infeasible": {"budget": cause.budget, "smallest": cause.smallest, "bound": cause.bound}}
 
 
 def _gradients(workload: zoo.Workload) -> Iterator[tuple[str, Tensor]]:

@@ -56,7 +56,7 @@ class Meter:
     def __init__(self) -> None:
         library = ctypes.CDLL(None)
         if not hasattr(library, "peak_interposer_live"):
-            raise RuntimeError("this process does not count allocations; start it with peak.interposed_environment()")
+            raise RuntimeError("this process does not count allocations; start it with meter.interposed_environment()")
         self._live, self._peak = library.peak_interposer_live, library.peak_interposer_peak
         self._live.restype = self._peak.restype = ctypes.c_longlong
         self._reset = library.peak_interposer_reset
