@@ -343,6 +343,11 @@ def _subject(program: Program, step: Step) -> Storage:
     return program.storages[named[0]] if named else Storage(step.name, 0)
 
 
+def _natural(name: str) -> tuple[int, str]:
+    """Numbered layers in the order of their numbers."""
+    return (int(name), "") if name.isdigit() else (-1, name)
+
+
 def _module_tree(own: Mapping[str, int]) -> ModuleNode:
     paths = {""}
     for path in own:
@@ -353,7 +358,7 @@ def _module_tree(own: Mapping[str, int]) -> ModuleNode:
         children[path.rpartition(".")[0]].append(path)
 
     def node(path: str) -> ModuleNode:
-        below = sorted((node(c) for c in children[path]), key=lambda n: (-n.total, n.path))
+        below = sorted((node(c) for c in children[path]), key=lambda n: (-n.total, _natural(n.name)))
         mine = own.get(path, 0)
         name = path.rpartition(".")[2]
         return ModuleNode(name, path, mine, mine + sum(c.total for c in below), tuple(below))
