@@ -1,0 +1,78 @@
+"""Constructive placements: first fit and best fit in a given order, and best fit as time passes.
+
+All work on sections (half-open ranges) and units; they return the height and fill ``off``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def fit_in_order(order, best, limit, lo, hi, size, off, where, ends):
+    """Put each buffer in turn into the lowest gap that holds it, or into the smallest such gap if ``best``.
+
+    ``where`` (n × 3: lo, hi, offset) and ``ends`` are scratch, kept in order of offset so that one scan meets the
+    gaps of a lifetime from below. Stops and returns a height above ``limit`` as soon as one is certain.
+    """
+    height = np.int64(0)
+    for m in range(len(order)):
+        i = order[m]
+        first, last, need = lo[i], hi[i], size[i]
+        top, spot, least = np.int64(0), np.int64(-1), np.int64(1) << 62
+        for p in range(m):
+            if where[p, 0] < last and first < where[p, 1]:
+                gap = where[p, 2] - top
+                if need <= gap < least:
+                    spot, least = top, gap
+                    if not best:
+                        break
+                top = max(top, ends[p])
+        if spot < 0:
+            spot = top
+        off[i] = spot
+        if spot + need > height:
+            height = spot + need
+            if height > limit:
+                return height
+        p = m
+        while p > 0 and where[p - 1, 2] > spot:
+            where[p] = where[p - 1]
+            ends[p] = ends[p - 1]
+            p -= 1
+        where[p, 0], where[p, 1], where[p, 2] = first, last, spot
+        ends[p] = spot + need
+    return height
+
+
+@njit(cache=True, nogil=True)
+def fit_in_time(order, lo, hi, size, off, live):
+    """Best fit in the order of starts, gone buffers leaving room: linear in buffers times live ones.
+
+    ``order`` is by (lo, …); ``live`` is scratch.
+    """
+    height = np.int64(0)
+    count = 0
+    for i in order:
+        top, spot, least, at = np.int64(0), np.int64(-1), np.int64(1) << 62, 0
+        kept = 0
+        for p in range(count):
+            k = live[p]
+            if hi[k] <= lo[i]:
+                continue
+            live[kept] = k
+            gap = off[k] - top
+            if size[i] <= gap < least:
+                spot, least, at = top, gap, kept
+            top = off[k] + size[k]
+            kept += 1
+        if spot < 0:
+            spot, at = top, kept
+        off[i] = spot
+        height = max(height, spot + size[i])
+        for p in range(kept, at, -1):
+            live[p] = live[p - 1]
+        live[at] = i
+        count = kept + 1
+    return height
