@@ -76,7 +76,9 @@ def prepare(contender: Contender, workload: Workload, dropout: bool) -> Callable
     if contender.engine == "eager":
         return workload.model
     if contender.engine == "memplan":
-        options = {"memory_budget": _memory_budget(contender.budget)} if contender.budget else None
+        options: dict[str, Any] | None = (
+            {"memory_budget": _memory_budget(contender.budget)} if contender.budget else None
+        )
         return torch.compile(workload.model, backend="memplan", options=options)
     if contender.budget:
         torch._functorch.config.activation_memory_budget = float(contender.budget)

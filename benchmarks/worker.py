@@ -104,7 +104,7 @@ def exactness(step: Step, start: dict[str, Tensor], model: Model) -> Record:
     loss = step()
     gradients = dict(_gradients(step.workload))
     record = {
-        "loss": loss.item().hex(),
+        "loss": float(loss).hex(),
         "gradients": _fingerprint(gradients),
         "buffers": _fingerprint(dict(step.workload.model.named_buffers())),
         "error": relative_error(gradients, torch.load(model.reference)),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-import transformers as hf
+import transformers
 from torch import Tensor, nn
 
 from zoo.workload import Size, Workload, hugging_face
+
+hf: Any = transformers  # its configs take keyword arguments that its annotations do not name
 
 
 def _images(batch: int, side: int, classes: int = 10) -> dict[str, Tensor]:
@@ -93,7 +97,8 @@ def unet(size: Size, dropout: bool) -> Workload:
 
     batch, side, widths = (4, 32, (32, 64, 128)) if size == "bench" else (2, 16, (32, 32))
     attention = len(widths) - 1
-    model = UNet2DConditionModel(
+    unet_class: Any = UNet2DConditionModel
+    model = unet_class(
         sample_size=side,
         block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D",) * attention + ("DownBlock2D",),
