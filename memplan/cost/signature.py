@@ -53,14 +53,14 @@ class Signature(NamedTuple):
 
 def signature(node: fx.Node) -> Signature:
     """Of a node whose arguments carry ``meta["val"]``."""
-    args = tuple([_describe(a) for a in node.args])
-    kwargs = tuple([(k, _describe(v)) for k, v in node.kwargs.items()]) if node.kwargs else ()
+    args = tuple([describe(a) for a in node.args])
+    kwargs = tuple([(k, describe(v)) for k, v in node.kwargs.items()]) if node.kwargs else ()
     return Signature(node.target, args, kwargs)
 
 
 def results(node: fx.Node) -> list[Layout]:
     """Layouts of the tensors a node returns."""
-    return layouts(_describe_value(node.meta.get("val")))
+    return layouts(describe(node.meta.get("val")))
 
 
 def layouts(described: Any) -> list[Layout]:
@@ -72,29 +72,24 @@ def layouts(described: Any) -> list[Layout]:
     return []
 
 
-def _describe(argument: Any) -> Any:
-    if isinstance(argument, fx.Node):
-        return _describe_value(argument.meta.get("val"))
-    if isinstance(argument, (list, tuple)):
-        return tuple([_describe(part) for part in argument])
-    if isinstance(argument, dict):
-        return tuple([(key, _describe(value)) for key, value in argument.items()])
-    if isinstance(argument, slice):
-        return (_describe(argument.start), _describe(argument.stop), _describe(argument.step))
-    return argument
-
-
-def _describe_value(value: Any) -> Any:
+def describe(value: Any) -> Any:
+    """An argument or a result with every tensor, and every node of one, replaced by its layout."""
+    if isinstance(value, fx.Node):
+        return describe(value.meta.get("val"))
     if isinstance(value, torch.Tensor):
         stride = value.stride() if value.layout is torch.strided else ()
         return Layout(value.dtype, _concrete(value.shape), _concrete(stride), value.device.type)
     if isinstance(value, (list, tuple)):
-        return tuple([_describe_value(part) for part in value])
+        return tuple([describe(part) for part in value])
     if isinstance(value, torch.SymInt):
         return size_hint(value)
-    if isinstance(value, (int, float, bool, complex, str, type(None))):
-        return value
-    return type(value).__name__
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return type(value).__name__
+    if isinstance(value, dict):
+        return tuple([(key, describe(part)) for key, part in value.items()])
+    if isinstance(value, slice):
+        return (describe(value.start), describe(value.stop), describe(value.step))
+    return value
 
 
 def _concrete(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
