@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from memplan.graph_files import GraphFile
     from memplan.outcome import Limits, Status
     from memplan.plan import Plan
+    from memplan.solvers.placement import Placement, PlacementProblem
 
 solve = typer.Typer(help="Run a solver on an instance file.", no_args_is_help=True)
 
@@ -37,17 +39,18 @@ def placement(
 ) -> int:
     """Offsets for buffers that live over spans: columns id,lower,upper,size,offset."""
     from memplan.outcome import Status
-    from memplan.solvers.placement import read_csv, solve_placement, write_csv
+    from memplan.solvers.placement import check_placement, read_csv, solve_placement
     from memplan.units import parse_bytes
 
     check_output(output, force)
     problem = read_csv(instance)
     wanted = None if capacity is None else parse_bytes(capacity)
     with progress("placement") as say:
-        plan = solve_placement(problem, wanted, limits=_limits(work, time_limit, seed, say))
-    tell(f"{plan.status}: height {plan.height}, bound {plan.bound}, gap {100 * plan.gap:.3f} %")
+        plan = solve_placement(problem, capacity=wanted, limits=_limits(work, time_limit, seed, say))
+    tell(f"{plan.status}: height {plan.height}, at least {plan.bound}, gap {100 * plan.gap:.3f} %")
     if plan.status in (Status.OPTIMAL, Status.FEASIBLE):
-        _write(output, write_csv(problem, plan))
+        check_placement(problem, plan)
+        _write(output, placement_csv(problem, plan))
     return status_code(plan.status)
 
 
@@ -94,6 +97,16 @@ def order(
     with progress("order") as say:
         plan = solve_order(file.problem, limits=_limits(work, time_limit, seed, say))
     return _sequence_answer(file, plan, output, "peak")
+
+
+def placement_csv(problem: PlacementProblem, plan: Placement) -> str:
+    """The plan as the solver writes it to a file."""
+    from memplan.solvers.placement import write_csv
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.csv"
+        write_csv(path, problem, plan)
+        return path.read_text(encoding="utf-8")
 
 
 def status_code(status: Status) -> int:

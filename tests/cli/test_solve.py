@@ -54,6 +54,22 @@ def test_order_runs_every_op_once(graph, capsys):
     assert answer["bound"] <= answer["peak"] <= answer["stored_peak"]
 
 
+INSTANCE = "id,lower,upper,size\na,0,2,4\nb,1,3,4\nc,2,4,4\n"
+
+
+def test_placement_prints_offsets(tmp_path, capsys):
+    path = tmp_path / "instance.csv"
+    path.write_text(INSTANCE)
+    assert run(["solve", "placement", str(path), "--capacity", "8"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "id,lower,upper,size,offset" and len(rows) == 4
+    assert max(int(row.split(",")[3]) + int(row.split(",")[4]) for row in rows[1:]) == 8
+    assert run(["solve", "placement", str(path), "--capacity", "7"]) == 1
+    path.write_text(INSTANCE + "d,3,1,4\n")
+    assert run(["solve", "placement", str(path)]) == 2
+    assert "line 5" in capsys.readouterr().err
+
+
 def test_a_memplan_problem_is_a_graph_too(tmp_path, capsys):
     mlp_problem().save(tmp_path / "p.json")
     assert run(["solve", "order", str(tmp_path / "p.json")]) == 0
