@@ -22,9 +22,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from meter import interposed_environment
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"  # scratch: references of gradients; never committed
@@ -99,6 +100,13 @@ def ratio_spread(record: Mapping[str, Any]) -> tuple[float, float] | None:
     return quartiles[0], quartiles[2]
 
 
+def error_against(record: Mapping[str, Any], eager: Mapping[str, Any] | None) -> float | None:
+    """Gradient error of a record by eager's, both against float64: about 1 is as good as eager."""
+    if not eager or not eager.get("error") or "error" not in record:
+        return None
+    return record["error"] / eager["error"]
+
+
 class Results:
     """Records by model and contender in one JSON file, written after every record so that a run can be resumed."""
 
@@ -117,3 +125,41 @@ class Results:
         partial = self.path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(self.data, indent=1) + "\n")
         partial.replace(self.path)
+
+
+class Bench:
+    """Recalls or measures records one after the other, with a line of progress. A context manager."""
+
+    def __init__(self, results: Results, pairs: int, threads: int, force: bool = False) -> None:
+        self.results, self.pairs, self.threads, self.force = results, pairs, threads, force
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def record(self, model: Model, key: str, contender: str | None = None, budget: int | None = None) -> Record:
+        """The record kept under ``key``; measured when absent, forced, or of another budget than ``budget`` bytes."""
+        known = self.results.get(model, key)
+        if known is not None and not self.force and known.get("budget") == budget:
+            return known
+        task = self._progress.add_task(f"{model}  {key}")
+        record = measure(Job(model, contender or key, self.pairs, self.threads))
+        if budget is not None:
+            record["budget"] = budget
+        self._progress.remove_task(task)
+        self._progress.console.print(f"{model}  {key}  {_brief(record)}", highlight=False)
+        self.results.put(model, key, record)
+        return record
+
+
+def _brief(record: Record) -> str:
+    if "peak" not in record:
+        return str(record.get("failure") or record["infeasible"])
+    ratio = time_ratio(record)
+    return f"{record['peak'] / 1e6:.1f} MB" + (f", {ratio:.3f} of eager's time" if ratio else "")

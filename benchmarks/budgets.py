@@ -1,0 +1,126 @@
+"""Is the budget kept? Every model at 75, 50, 35 and 25 % of its unplanned peak and at its smallest feasible budget.
+
+``python benchmarks/budgets.py`` measures what ``results/budgets.json`` does not hold yet and writes the table beside it;
+``--quick`` takes two small models, memory and exactness alone, into ``out/``. Each row is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import zoo
+from environment import environment
+from measure import HERE, OUT, Bench, Model, Record, Results, error_against, time_ratio
+from rich.console import Console
+from tables import markdown, megabytes, percent, ratio
+
+SHARES = (75, 50, 35, 25)
+ABOVE_MB = {"gpt": (140, 70), "resnet": (170, 125)}  # budgets above parameters and inputs that the two have on top
+SMALLEST = "memplan@smallest"
+RIVALS = ("eager", "eager+blocks")
+STOCK = ("inductor", "inductor@0.75", "inductor@0.5", "inductor@0.25", "inductor@0.1")
+
+
+def run(bench: Bench, models: Sequence[Model], stock: Sequence[str]) -> None:
+    """Measure every row of every model; ``stock`` names the models that PyTorch's own budget is measured on, too."""
+    for model in models:
+        for rival in RIVALS + (STOCK if model.name in stock else ()):
+            bench.record(model, rival)
+        unplanned = bench.record(model, "memplan")
+        if "peak" not in unplanned:
+            continue
+        wanted = {f"memplan@{share}%": unplanned["peak"] * share // 100 for share in SHARES}
+        if model.size == "bench":
+            above = ABOVE_MB.get(model.name, ())
+            wanted |= {f"memplan@+{mb}MB": unplanned["resident"] + mb * 10**6 for mb in above}
+        refused = [bench.record(model, key, f"memplan@{budget}", budget) for key, budget in wanted.items()]
+        smallest = min((r["infeasible"]["smallest"] for r in refused if "infeasible" in r), default=None)
+        if smallest is None:  # nothing was refused: ask for the impossible to be told the least
+            asked = bench.record(model, "memplan@1", "memplan@1", 1)
+            smallest = asked.get("infeasible", {}).get("smallest")
+        if smallest is not None:
+            bench.record(model, SMALLEST, f"memplan@{smallest}", smallest)
+
+
+def verdict(record: Record, unplanned: Record, confirmed: bool) -> str:
+    """Was the promise of this row kept: the measured peak within the budget and the same bits as without a budget."""
+    if "infeasible" in record:
+        return "refused, smallest confirmed" if confirmed else "refused"
+    if "failure" in record:
+        return record["failure"]
+    broken = []
+    if "budget" in record and record["peak"] > record["budget"]:
+        broken.append(f"over by {record['peak'] - record['budget']} bytes")
+    if any(record[kind] != unplanned[kind] for kind in ("loss", "gradients", "buffers")):
+        broken.append("other bits")
+    return ", ".join(broken) or "kept"
+
+
+def table(data: Record) -> str:
+    """The table in Markdown: one line per model and contender."""
+    header = ("model", "run", "budget MB", "measured MB", "predicted", "time / eager", "error / eager's", "promise")
+    lines = [line for model, rows in data["rows"].items() for line in _lines(model, rows)]
+    return markdown(header, lines) + "\n"
+
+
+def _lines(model: str, rows: dict[str, Record]) -> Iterator[tuple[str, ...]]:
+    unplanned, smallest = rows.get("memplan", {}), rows.get(SMALLEST, {})
+    confirmed = "peak" in smallest and smallest["peak"] <= smallest["budget"]
+    for key, record in rows.items():
+        if key == "memplan@1":
+            continue
+        ours = key.startswith("memplan") and "peak" in unplanned
+        predicted = record["plan"]["peak"] / record["peak"] - 1 if record.get("plan") else None
+        yield (
+            model,
+            key,
+            megabytes(record.get("budget")),
+            megabytes(record.get("peak")),
+            percent(predicted),
+            ratio(time_ratio(record)),
+            ratio(error_against(record, rows.get("eager"))),
+            verdict(record, unplanned, confirmed) if ours else record.get("failure", ""),
+        )
+
+
+def summary(data: Record) -> Iterator[str]:
+    """Counts over all rows of memplan: promises kept, predictions within 2 %, exactness."""
+    rows = [(row, group) for group in data["rows"].values() for key, row in group.items() if key.startswith("memplan")]
+    ran = [(row, group["memplan"]) for row, group in rows if "peak" in row and "peak" in group.get("memplan", {})]
+    limited = [row for row, _ in ran if "budget" in row]
+    within = [row for row in limited if row["peak"] <= row["budget"]]
+    close = [row for row, _ in ran if abs(row["plan"]["peak"] / row["peak"] - 1) <= 0.02]
+    same = [row for row, base in ran if all(row[kind] == base[kind] for kind in ("loss", "gradients", "buffers"))]
+    yield f"budget kept: {len(within)} of {len(limited)} rows; refused: {sum('infeasible' in row for row, _ in rows)}"
+    yield f"predicted peak within 2 %: {len(close)} of {len(ran)} rows"
+    yield f"bits of the run without a budget: {len(same)} of {len(ran)} rows"
+    yield f"failed: {sum('failure' in row for row, _ in rows)} rows"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(zoo.FIRST), choices=list(zoo.MODELS), metavar="MODEL")
+    parser.add_argument("--stock", nargs="*", default=["gpt", "resnet"], help="models to run PyTorch's own budget on")
+    parser.add_argument("--pairs", type=int, default=9, help="timed repetitions beside eager; 0 measures no time")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--force", action="store_true", help="measure rows again that the results hold already")
+    parser.add_argument("--quick", action="store_true", help="two small models, no timing")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the table from the results")
+    given = parser.parse_args()
+    path: Path = (OUT if given.quick else HERE / "results") / "budgets.json"
+    results = Results(path, environment())
+    if not given.report:
+        names, size = (("gpt", "resnet"), "small") if given.quick else (given.models, "bench")
+        variants = [(name, dropout) for name in names for dropout in (False, True)]
+        models = [Model(n, size, dropout) for n, dropout in variants if not dropout or zoo.MODELS[n].has_dropout]
+        with Bench(results, 0 if given.quick else given.pairs, given.threads, given.force) as bench:
+            run(bench, models, () if given.quick else given.stock)
+    written = table(results.data) + "\n" + "\n".join(f"- {line}" for line in summary(results.data)) + "\n"
+    path.with_suffix(".md").write_text(written)
+    Console(width=200).print(written, markup=False)
+
+
+if __name__ == "__main__":
+    main()
