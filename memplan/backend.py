@@ -11,11 +11,13 @@ import torch
 from torch import fx
 
 from memplan import torch_compat
-from memplan.capture import Capture, is_tangent
+from memplan.capture import Capture, check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
+from memplan.errors import MemplanError, UnsupportedError
 from memplan.lower import lower
 from memplan.options import Options
+from memplan.passes.normalise import Normalise
 from memplan.passes.split import Split
 from memplan.planner import Planned, plan_capture
 from memplan.problem import Category
@@ -39,11 +41,23 @@ def memplan(
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The dynamo backend. Raises OptionError before anything compiles, BudgetInfeasibleError at the first call."""
-    graph = _Graph(Options.resolve(options, mode), input_categories(graph_module))
-    backend = torch_compat.aot_backend(
-        forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
-    )
-    return backend(graph_module, example_inputs)
+    try:
+        graph = _Graph(Options.resolve(options, mode), input_categories(graph_module))
+        backend = torch_compat.aot_backend(
+            forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
+        )
+        return backend(graph_module, example_inputs)
+    except MemplanError as error:
+        return _raising(error)
+
+
+def _raising(error: MemplanError) -> Callable[..., Any]:
+    """Raised at the call: dynamo would wrap what a backend raises while it compiles in an error of its own."""
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    return refuse
 
 
 class _Graph:
@@ -55,22 +69,32 @@ class _Graph:
         self.planned: Planned | None = None
 
     def partition(
-        self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+        self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **keywords: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        capture = Capture(joint, num_fwd_outputs, primal_categories(joint, self.categories))
-        planned = self._plan(capture)
+        try:
+            check_supported(joint)
+            Normalise().apply(joint)
+            planned = self._plan(Capture(joint, num_fwd_outputs, primal_categories(joint, self.categories)))
+        except UnsupportedError as reason:
+            _warn_unplanned(reason)
+            return torch_compat.default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
         return Split(num_fwd_outputs).apply(planned.scheduled, joint)
 
     def forward(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return self._lower(graph_module, len(graph_module.graph.nodes))
+        return self._lower(graph_module, inputs, len(graph_module.graph.nodes))
 
     def backward(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return self._lower(graph_module, 0)
+        return self._lower(graph_module, inputs, 0)
 
     def inference(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         outputs = len(next(reversed(graph_module.graph.nodes)).args[0])  # type: ignore[arg-type]
-        categories = primal_categories(graph_module, self.categories)
-        planned = self._plan(Capture(graph_module, outputs, categories, training=False))
+        try:
+            check_supported(graph_module)
+            categories = primal_categories(graph_module, self.categories)
+            planned = self._plan(Capture(graph_module, outputs, categories, training=False))
+        except UnsupportedError as reason:
+            _warn_unplanned(reason)
+            return torch_compat.unplanned(graph_module, inputs)
         return Executable(planned.scheduled.graph_module, planned.lowered)
 
     def _plan(self, capture: Capture) -> Planned:
@@ -80,9 +104,14 @@ class _Graph:
         _recent.append(self.planned)
         return self.planned
 
-    def _lower(self, graph_module: fx.GraphModule, forward_nodes: int) -> Executable:
-        assert self.planned is not None
+    def _lower(self, graph_module: fx.GraphModule, inputs: Sequence[Any], forward_nodes: int) -> Callable[..., Any]:
+        if self.planned is None:
+            return torch_compat.unplanned(graph_module, inputs)
         return Executable(graph_module, lower(graph_module, self.planned.problem, forward_nodes))
+
+
+def _warn_unplanned(reason: UnsupportedError) -> None:
+    log.warning("memplan runs a graph unplanned, its memory is not limited: %s", reason)
 
 
 def input_categories(graph_module: fx.GraphModule) -> list[Category]:

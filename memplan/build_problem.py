@@ -15,9 +15,19 @@ import torch
 from torch import fx
 
 from memplan import torch_compat
-from memplan.capture import Capture, input_nodes, is_getitem, is_tangent, module_path, source_line, tensors
-from memplan.cost import CostModel
+from memplan.capture import (
+    Capture,
+    input_nodes,
+    is_getitem,
+    is_random,
+    is_tangent,
+    module_path,
+    source_line,
+    tensors,
+)
+from memplan.cost import Cost, CostModel
 from memplan.problem import Buffer, Category, Op, Phase, Problem
+from memplan.runtime.random import draw, rng_state
 
 OP = "memplan_op"  # node meta: index of the op whose run makes the node's value
 BUFFER = "memplan_buffer"  # node meta: the first buffer behind a node's value
@@ -63,6 +73,7 @@ class _Builder:
         self.ops: list[Op] = []
         self.nodes: list[tuple[fx.Node, ...]] = []
         self.backward: set[fx.Node] = set()
+        self.draws: set[int] = set()  # ops that read or advance a random generator, or have an effect
 
     def build(self) -> BuiltProblem:
         graph = self.capture.graph_module.graph
@@ -77,7 +88,7 @@ class _Builder:
             self._node(node)
         if waiting:
             self._tangents(tangents)
-        problem = _with_mutation_order(self._problem())
+        problem = _with_order(self._problem(), self.draws)
         problem.check()
         for i, nodes in enumerate(self.nodes):
             for node in nodes:
@@ -129,7 +140,9 @@ class _Builder:
         if not made and not mutated and not _has_effect(node):
             return
         reads = tuple(dict.fromkeys(b for a in input_nodes(node) for b in self.buffer_of.get(a, ())))
-        cost = self.cost.cost(node)
+        cost = _cost(self.cost, node)
+        if is_random(node) or _has_effect(node) or node.target in (rng_state, draw):
+            self.draws.add(len(self.ops))
         self.ops.append(
             Op(
                 name=node.name,
@@ -140,7 +153,7 @@ class _Builder:
                 time=cost.time,
                 workspace=cost.workspace,
                 phase=Phase.BACKWARD if node in self.backward else Phase.FORWARD,
-                once=bool(mutated) or _has_effect(node) or is_random(node),
+                once=bool(mutated) or _has_effect(node) or is_random(node) or node.target is rng_state,
                 module=module_path(node),
                 source=source_line(node),
             )
@@ -201,44 +214,61 @@ class _Builder:
                 self.buffers[b] = replace(buffer, category=Category.TEMPORARY)
 
 
-def _with_mutation_order(problem: Problem) -> Problem:
-    """Order what the dataflow does not: readers before and after a mutation, and random draws among themselves.
+def _with_order(problem: Problem, draws: set[int]) -> Problem:
+    """Order what the dataflow does not: mutations against readers, random draws and effects among themselves, the
+    start of the backward against both.
 
     A reader of a buffer that changes may not run again after the change: it becomes ``once``.
     """
-    after: dict[int, list[int]] = defaultdict(list)
+    after: dict[int, set[int]] = defaultdict(set)
     frozen: set[int] = set()
     mutated = {b for op in problem.ops for b in op.mutates}
-    users: dict[int, list[int]] = defaultdict(list)  # of a mutated buffer, so far
+    users: dict[int, set[int]] = defaultdict(set)  # of a mutated buffer, since its last change
     last_change: dict[int, int] = {}
     last_draw: int | None = None
+    start: int | None = None
     for i, op in enumerate(problem.ops):
         for b in mutated.intersection(op.reads):
             if b in last_change:
-                after[i].append(last_change[b])
+                after[i].add(last_change[b])
             if b in op.mutates:
-                after[i].extend(users[b])
-                last_change[b], users[b] = i, []
+                after[i] |= users[b]
+                last_change[b], users[b] = i, set()
             else:
-                users[b].append(i)
+                users[b].add(i)
                 frozen.add(i)
-        if op.once and op.name != TANGENTS and not op.mutates:
+        if op.name == TANGENTS:
+            start = i
+            after[i] |= {j for j in draws if j < i}
+        elif start is not None:
+            after[i].add(start)
+        if i in draws and not op.mutates:
             if last_draw is not None:
-                after[i].append(last_draw)
+                after[i].add(last_draw)
             last_draw = i
     ops = []
     for i, op in enumerate(problem.ops):
         once = op.once or (i in frozen and op.target not in _STATISTICS_TARGETS)
-        ops.append(replace(op, once=once, after=tuple(sorted({j for j in after[i] if j != i}))))
+        ops.append(replace(op, once=once, after=tuple(sorted(after[i] - {i}))))
     return replace(problem, ops=tuple(ops))
 
 
 _STATISTICS_TARGETS = {str(target) for target in _STATISTICS_ONLY}
 
 
-def is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+def _cost(model: CostModel, node: fx.Node) -> Cost:
+    """Cost of a kernel; a drawn op costs what the op under it costs."""
+    if node.target is rng_state:
+        return Cost(time=5.0, workspace=0)  # a copy of 5 KB through Python: 3-6 us measured
+    if node.target is not draw:
+        return model.cost(node)
+    _, _, op, *args = node.args
+    graph = fx.Graph()
+    plain = graph.call_function(op, tuple(args), dict(node.kwargs))  # type: ignore[arg-type]
+    plain.meta = node.meta
+    cost = model.cost(plain)
+    graph.erase_node(plain)  # or its operands would count it among their users
+    return cost
 
 
 def _schema(node: fx.Node) -> torch.FunctionSchema | None:
@@ -278,8 +308,3 @@ def view_source(node: fx.Node) -> fx.Node | None:
         return None
     sources = _args_where(node, lambda a: a.alias_info is not None)
     return sources[0] if sources else None
-
-
-def phases_of(problem: Problem, sequence: Sequence[int]) -> int:
-    """Position of the first run that is not of the forward phase; len(sequence) if there is none."""
-    return next((t for t, i in enumerate(sequence) if problem.ops[i].phase != Phase.FORWARD), len(sequence))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from memplan.errors import UnsupportedError
 from memplan.problem import Category
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
@@ -42,6 +43,19 @@ class Capture:
         return list(self.output_node.args[0])  # type: ignore[arg-type]
 
 
+def check_supported(graph_module: fx.GraphModule) -> None:
+    """Raise UnsupportedError for what the planner cannot account for; the caller then runs the graph unplanned."""
+    for node in graph_module.graph.nodes:
+        where = f"{node.name} ({source_line(node) or module_path(node) or 'no source line'})"
+        if node.op in ("call_module", "call_method"):
+            raise UnsupportedError(f"{where}: a {node.op} node; only functional ops can be planned")
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise UnsupportedError(f"{where}: the higher-order operator {node.target}")
+        for tensor in tensors(node.meta.get("val")):
+            if tensor.layout != torch.strided:
+                raise UnsupportedError(f"{where}: a tensor of layout {tensor.layout}")
+
+
 def is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 
@@ -61,6 +75,11 @@ def is_getitem(node: fx.Node) -> bool:
 
 def input_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(node.all_input_nodes)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Draws from the default generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def module_path(node: fx.Node) -> str:

@@ -20,14 +20,17 @@ __all__ = [
     "FakeTensorMode",
     "TracingContext",
     "aot_backend",
+    "default_partition",
     "detect_fake_mode",
     "disable_current_modes",
     "find_symbol_binding_fx_nodes",
     "free_symbols",
     "is_symbol_binding_fx_node",
+    "rng_state_bytes",
     "saved_for_backward_descriptor",
     "size_hint",
     "storage_key",
+    "unplanned",
     "with_effects",
 ]
 
@@ -38,6 +41,25 @@ def size_hint(value: Any) -> int:
         return value
     renamed = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"  # in torch 2.12
     return int(getattr(symbolic_shapes, renamed)(value))
+
+
+def unplanned(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Run a graph of AOTAutograd's as it stands; arguments are given up as they are used."""
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    return boxed_nop(graph_module, inputs)
+
+
+def default_partition(joint: fx.GraphModule, inputs: Any, **keywords: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """torch's own cut between forward and backward: everything the backward reads is saved."""
+    from torch._functorch.partitioners import default_partition as partition
+
+    return partition(joint, inputs, **keywords)
+
+
+def rng_state_bytes(device_type: str) -> int:
+    """Size of a default generator's state: the Mersenne twister's on the CPU, Philox seed and offset elsewhere."""
+    return torch.get_rng_state().numel() if device_type == "cpu" else 16
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -128,3 +150,39 @@ def allocation_events(function: Callable[[], Any]) -> tuple[Any, list[int]]:
         threads = _disable_profiler_legacy()
     events = (event for thread in threads for event in thread if event.kind() == "memory_alloc")
     return result, [event.cpu_memory_usage() + event.cuda_memory_usage() for event in events]
+
+
+def kernel_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Brings what a region may hold to elementwise ops, views and plain reductions, with eager's dtype promotion."""
+    from torch._decomp import core_aten_decompositions, get_decompositions
+
+    aten = torch.ops.aten
+    composite = [
+        aten._softmax, aten._softmax_backward_data, aten._log_softmax, aten._log_softmax_backward_data,
+        aten.native_layer_norm, aten.native_layer_norm_backward, aten._fused_rms_norm, aten._fused_rms_norm_backward,
+        aten.native_group_norm, aten.native_group_norm_backward, aten.native_batch_norm, aten.native_batch_norm_backward,
+        aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional, aten.batch_norm_backward,
+        aten._native_batch_norm_legit_no_training, aten.nll_loss_forward, aten.nll_loss_backward,
+        aten.gelu, aten.gelu_backward, aten.silu, aten.silu_backward, aten.addcmul, aten.addcdiv, aten.lerp,
+        aten.threshold_backward, aten.tanh_backward, aten.sigmoid_backward, aten.leaky_relu, aten.leaky_relu_backward,
+        aten.hardtanh, aten.hardtanh_backward, aten.hardswish, aten.hardswish_backward, aten.elu, aten.elu_backward,
+        aten.softplus, aten.softplus_backward, aten.mse_loss, aten.mse_loss_backward, aten.native_dropout_backward,
+        aten.masked_fill, aten.glu, aten.clamp, aten.logsumexp, aten.linalg_vector_norm, aten.std, aten.stack,
+        aten.slice_backward, aten.select_backward, aten.hardsigmoid, aten.rsub,
+    ]  # fmt: skip
+    return {**core_aten_decompositions(), **get_decompositions(composite)}
+
+
+def trace_region(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor], decompositions: Any) -> fx.GraphModule:
+    """As :func:`trace_fake`, and each new node's ``meta["custom"]["from"]`` is the node of ``graph_module`` it is from."""
+    from torch.fx.traceback import preserve_node_meta
+
+    class Named(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with torch.fx.traceback.set_current_meta(n):
+                return super().run_node(n)
+
+    for node in graph_module.graph.nodes:
+        node.meta["custom"] = {"from": node}
+    with preserve_node_meta():
+        return trace_fake(Named(graph_module).run, inputs, decompositions)

@@ -12,6 +12,7 @@ from torch import fx
 from memplan.build_problem import RECOMPUTE, TANGENTS, BuiltProblem
 from memplan.capture import input_nodes
 from memplan.problem import Phase
+from memplan.runtime.random import draw, replay
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class _Writer:
             self.now.pop(node, None)
         for source in input_nodes(kernel):
             self._resolve(source)
-        self._copy(kernel).meta[RECOMPUTE] = again
+        new = self._copy(kernel)
+        new.meta[RECOMPUTE] = again
+        if again and new.target is draw:
+            new.target = replay
         for item in getitems:
             self._copy(item)
         if not again:

@@ -1,0 +1,108 @@
+"""Rewrite what hides a decision from the planner: fused random ops, operands nobody reads. Values stay the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from memplan import torch_compat
+from memplan.capture import is_random
+from memplan.runtime.random import draw, dropout_mask, rng_state
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """Runs on the captured joint graph, before the Problem is read from it.
+
+    * CPU dropout becomes its mask (random, a byte an element) and the masking (recomputable from the mask), with the
+      arithmetic of aten's own CPU kernel.
+    * A random op gets its generator's state as an operand, so that it may run again from that state.
+    * A batch norm's backward in training ignores the running statistics; they are no longer held for it.
+    """
+
+    name: ClassVar[str] = "normalise"
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        """Returns whether the graph changed."""
+        graph = graph_module.graph
+        modified = False
+        for node in list(graph.nodes):
+            rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
+            modified |= rewrite is not None and rewrite(graph, node)
+        for node in list(graph.nodes):
+            modified |= node.op == "call_function" and is_random(node) and _with_state(graph, node)
+        if modified:
+            graph.eliminate_dead_code()
+            graph_module.recompile()
+        return modified
+
+
+def _split_dropout(graph: fx.Graph, node: fx.Node) -> bool:
+    source, p, train = node.args
+    assert isinstance(source, fx.Node)
+    value = source.meta["val"]
+    if value.device.type != "cpu" or not train or p == 0 or torch_compat.free_symbols(value):
+        return False
+    with graph.inserting_before(node):
+        masked, kept = node.meta["val"]
+        size, stride = list(masked.shape), list(masked.stride())
+        mask = _call(graph, node, dropout_mask, (size, stride, 1.0 - p, value.device), kept)
+        out = _call(
+            graph, node, aten.native_dropout_backward.default, (source, mask, 1.0 / (1.0 - p) if p < 1 else 0.0), masked
+        )
+    for user in list(node.users):
+        user.replace_all_uses_with(out if user.args[1] == 0 else mask)
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return True
+
+
+def _drop_running_statistics(graph: fx.Graph, node: fx.Node) -> bool:
+    train = node.args[7]
+    if not train or node.args[3] is None:
+        return False
+    node.args = (*node.args[:3], None, None, *node.args[5:])
+    return True
+
+
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], bool]] = {
+    aten.native_dropout.default: _split_dropout,
+    aten.native_batch_norm_backward.default: _drop_running_statistics,
+}
+
+
+def _with_state(graph: fx.Graph, node: fx.Node) -> bool:
+    """Random op → ``draw(state, device, op, …)``, the state read just before."""
+    mode = torch_compat.detect_fake_mode(_values(node))
+    if mode is None:
+        return False
+    device = next(iter(_values(node))).device
+    label = "cpu" if device.type == "cpu" else str(device)
+    with mode:
+        value = torch.empty(torch_compat.rng_state_bytes(device.type), dtype=torch.uint8)
+    with graph.inserting_before(node):
+        state = _call(graph, node, rng_state, (label,), value)
+        drawn = _call(graph, node, draw, (state, label, node.target, *node.args), node.meta["val"])
+    drawn.kwargs = node.kwargs
+    node.replace_all_uses_with(drawn)
+    graph.erase_node(node)
+    return True
+
+
+def _values(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+    """A call that stands where ``like`` stood, with its place in the user's source."""
+    new = graph.call_function(target, args)
+    new.meta = copy.copy(like.meta) | {"val": value}
+    return new
