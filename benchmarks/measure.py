@@ -153,7 +153,7 @@ class Bench:
         if budget is not None:
             record["budget"] = budget
         self._progress.remove_task(task)
-        self._progress.console.print(f"{model}  {key}  {_brief(record)}", highlight=False)
+        self._progress.console.print(f"{model}  {key}  {_brief(record)}", highlight=False, soft_wrap=True)
         self.results.put(model, key, record)
         return record
 

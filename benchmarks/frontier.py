@@ -1,0 +1,124 @@
+"""The frontier: peak against step time of memplan and of everything a user would pick instead, on every model.
+
+``python benchmarks/frontier.py --models gpt resnet50 --rivals hand stock --budgets 12`` measures what
+``results/frontier.json`` does not hold yet and writes a Markdown report and SVG pictures beside it. Each point is a
+process of its own, timed in turns with eager. ``--quick`` takes two small models and few contenders, into ``out/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import plot
+import zoo
+from dominance import report
+from environment import environment
+from measure import HERE, OUT, Bench, Model, Results
+from rich.console import Console
+from rivals import hand_made, stock_budgets
+
+SHARES = (75, 50, 35, 25)  # percent of the unplanned peak; the typical cost is stated at these
+SMALLEST = "memplan@smallest"
+RIVALS = {
+    "hand": tuple(map(str, hand_made())),
+    "stock": tuple(map(str, stock_budgets())),
+    "quick": ("eager", "eager+blocks", "eager+pairs", "eager+sac", "aot_eager@0.5", "aot_eager@0.1"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: models, rivals by name, and at how many budgets memplan stands."""
+
+    models: tuple[Model, ...]
+    rivals: tuple[str, ...]
+    budgets: int
+
+
+def run(bench: Bench, plan: Plan) -> None:
+    for model in plan.models:
+        for rival in plan.rivals:
+            bench.record(model, rival)
+        unplanned = bench.record(model, "memplan")
+        if "peak" not in unplanned:
+            continue
+        # Nothing fits into one byte: the refusal tells the least that does.
+        smallest = bench.record(model, "memplan@1", "memplan@1", 1).get("infeasible", {}).get("smallest")
+        if smallest is None:
+            continue
+        for key, budget in budgets(unplanned["peak"], smallest, plan.budgets).items():
+            bench.record(model, key, f"memplan@{budget}", budget)
+
+
+def budgets(unplanned: int, smallest: int, count: int) -> dict[str, int]:
+    """At most ``count`` points with the unplanned one, by key: the smallest, the usual shares, and geometric steps between."""
+    found = {f"memplan@{share}%": unplanned * share // 100 for share in SHARES}
+    found = {key: budget for key, budget in found.items() if budget > smallest}
+    steps = count - 2 - len(found)
+    for k in range(1, steps + 1):
+        budget = round(unplanned * (smallest / unplanned) ** (k / (steps + 1)))
+        found[f"memplan@{100 * budget / unplanned:.1f}%"] = budget
+    return found | {SMALLEST: smallest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(zoo.MODELS), choices=list(zoo.MODELS), metavar="MODEL")
+    parser.add_argument(
+        "--rivals", nargs="*", default=["hand", "stock"], help="hand, stock, quick, or contenders by name"
+    )
+    parser.add_argument("--budgets", type=int, default=12, help="points of memplan, unplanned and smallest included")
+    parser.add_argument("--sizes", nargs="+", default=["bench"], choices=["small", "bench"])
+    parser.add_argument("--dropout", action="store_true", help="the variants with dropout as well")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast as well")
+    parser.add_argument("--pairs", type=int, default=9, help="timed repetitions beside eager")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--force", action="store_true", help="measure points again that the results hold already")
+    parser.add_argument("--quick", action="store_true", help="two small models, few contenders, 3 pairs")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the report from the results")
+    given = parser.parse_args()
+    if given.quick:
+        given.models, given.sizes, given.rivals, given.budgets, given.pairs = (
+            ["gpt", "resnet"],
+            ["small"],
+            ["quick"],
+            5,
+            3,
+        )
+    path: Path = (OUT if given.quick else HERE / "results") / "frontier.json"
+    results = Results(path, environment())
+    if not given.report:
+        with Bench(results, given.pairs, given.threads, given.force) as bench:
+            run(bench, Plan(selected(given), chosen(given.rivals), given.budgets))
+    text = report(results.data)
+    path.with_suffix(".md").write_text(text)
+    plot.frontier(results.data, path.with_suffix(".svg"))
+    plot.prediction(results.data, path.with_name("prediction.svg"))
+    Console(width=160).print(text, markup=False)
+
+
+def selected(given: argparse.Namespace) -> tuple[Model, ...]:
+    """Every variant that was asked for and that exists."""
+    dropouts = (False, True) if given.dropout else (False,)
+    precisions = (False, True) if given.bf16 else (False,)
+    return tuple(
+        Model(name, size, dropout, bf16)
+        for name in given.models
+        for size in given.sizes
+        for dropout in dropouts
+        for bf16 in precisions
+        if zoo.MODELS[name].has_dropout or not dropout
+    )
+
+
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """Groups of rivals spelled out, each contender once; eager first, because every ratio is against it."""
+    listed = [contender for name in names for contender in RIVALS.get(name, (name,))]
+    return tuple(dict.fromkeys(["eager", *listed]))
+
+
+if __name__ == "__main__":
+    main()
