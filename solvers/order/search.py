@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -14,7 +15,10 @@ from memplan.units import format_bytes
 
 # Effort at ``Limits.work`` 1, in units that do not depend on the machine.
 CUT_WORK = 2_000_000  # nodes of the graphs whose minimum cuts are taken
-EXACT_WORK = 4_000_000  # sets of runs times runs, for one limit in one direction
+BRIEF_WORK = 200_000  # sets of runs times runs that exact search may look at, in each direction: before annealing
+EXACT_WORK = 4_000_000  # and after it
+MOVES = 1_500_000  # of annealing
+TARGETS = (0.03, 0.01)  # how far below the best peak the rounds aim, in turn
 
 
 class OrderSearch:
@@ -50,7 +54,13 @@ class OrderSearch:
 
     def run(self) -> None:
         """All methods, cheapest first, until the bound is met or the limits are spent."""
-        for method in (self.list_schedules, self.cuts, self.exact):
+        for method in (
+            self.list_schedules,
+            self.cuts,
+            lambda: self.exact(BRIEF_WORK),
+            self.anneal,
+            lambda: self.exact(EXACT_WORK),
+        ):
             if self.stopped:
                 return
             method()
@@ -65,19 +75,42 @@ class OrderSearch:
         loads = dict(zip(self.order, self.model.loads(self.order), strict=True))
         self.raise_bound(cut_bound(self.model, loads, self.bound, int(CUT_WORK * self.limits.work)), "minimum cut")
 
-    def exact(self) -> None:
-        """Halve the interval between bound and peak by exact search; backwards it mostly needs fewer sets."""
-        states = int(EXACT_WORK * self.limits.work) // (self.model.n + 1)
-        for backward in (True, False):
+    def exact(self, work: float) -> None:
+        """Close the interval between bound and peak by exact search, in either direction; they differ in effort."""
+        for backward in (False, True):
             search = ExactSearch(sweep(self.model, backward=backward))
-            while not self.stopped:
-                answer = search.within((self.bound + self.peak - 1) // 2, states)
+            states = int(work * self.limits.work) // (self.model.n + 1)
+            unsolved: list[int] = []  # limits that took too many sets
+            while states > 0 and not self.stopped and (limit := self._limit_to_try(unsolved)) is not None:
+                answer = search.within(limit, states)
+                states -= answer.states
                 if answer.order is not None:
                     self.offer(answer.order, "exact search")
                 elif answer.bound:
                     self.raise_bound(answer.bound, "exact search")
                 else:
-                    break
+                    unsolved.append(limit)
+                    states = int(work * self.limits.work) // (self.model.n + 1) >> len(unsolved)
+
+    def _limit_to_try(self, unsolved: list[int]) -> int | None:
+        """The middle of the interval; where that is too hard, just below the peak, then what is left at its foot."""
+        if not unsolved:
+            return (self.bound + self.peak - 1) // 2
+        if max(unsolved) < self.peak - 1:
+            return self.peak - 1
+        limit = (self.bound + min(unsolved) - 1) // 2
+        return limit if limit < min(unsolved) and len(unsolved) < 5 else None
+
+    def anneal(self) -> None:
+        """Rounds of annealing, each from where the last one ended, aimed at a target just below the best peak."""
+        from memplan.solvers.order.anneal import Annealer  # loads numba, which easy problems do without
+
+        annealer = Annealer(self.model, self.order, self.limits.seed)
+        moves = int(MOVES * self.limits.work)
+        for below in itertools.cycle(TARGETS):
+            if self.stopped or annealer.moves > moves:
+                return
+            self.offer(annealer.round(max(self.bound, int(self.peak * (1 - below)))), "annealing")
 
     def _tell(self, source: str) -> None:
         if self.limits.progress is not None:

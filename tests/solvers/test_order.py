@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.errors import PlanError
-from memplan.outcome import Status
+from memplan.outcome import Limits, Status
 from memplan.problem import Buffer, Op, Phase, Problem
 from memplan.solvers.order import forced_live_bound, polish_order, solve_order
+from memplan.solvers.order.anneal import Annealer
 from memplan.solvers.order.bound import cut_at, forced_live
 from memplan.solvers.order.model import build_model
 from memplan.solvers.order.sweep import KEYS, list_schedule, sweep
@@ -54,7 +60,7 @@ def with_repeats(rng: random.Random, problem: Problem) -> tuple[int, ...]:
     sequence = list(range(len(problem.ops)))
     again = [i for i, op in enumerate(problem.ops) if not op.once]
     for i in rng.choices(again, k=rng.randrange(4)) if again else []:
-        sequence.insert(rng.randrange(i + 1, len(sequence) + 1), i)
+        sequence.insert(rng.randrange(sequence.index(i) + 1, len(sequence) + 1), i)
     return tuple(sequence)
 
 
@@ -119,3 +125,48 @@ def test_polish_keeps_runs_and_never_raises_the_peak(rng: random.Random, n: int)
     assert after <= before and same_time == time
     assert Counter(polished) == Counter(sequence)
     assert build_model(problem, sequence).peak(range(build_model(problem, sequence).n)) == before
+
+
+def annealed(problem: Problem, rounds: int) -> list[int]:
+    model = build_model(problem)
+    annealer = Annealer(model, range(model.n), seed=3, moves=20)
+    target = model.peak(range(model.n)) // 2
+    for _ in range(rounds):
+        order = annealer.round(target)
+    return order
+
+
+def test_annealing_gives_the_same_order_compiled_and_in_plain_python() -> None:
+    problem = random_problem(random.Random(5), 60)
+    here = Path(__file__).parent
+    script = "import random, test_order as t; print(t.annealed(t.random_problem(random.Random(5), 60), 3))"
+    plain = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=here,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(plain.stdout) == annealed(problem, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(2, 60))
+def test_annealed_orders_are_valid(rng: random.Random, n: int) -> None:
+    problem = random_problem(rng, n)
+    model = build_model(problem)
+    order = annealed(problem, 2)
+    assert model.peak(order) == check_sequence(problem, model.sequence(order))[0]
+
+
+def test_equal_limits_give_equal_plans() -> None:
+    problem = random_problem(random.Random(11), 150, density=1.5)
+    assert solve_order(problem, limits=Limits(work=0.2)) == solve_order(problem, limits=Limits(work=0.2))
+
+
+def test_a_large_graph_has_a_plan_at_once() -> None:
+    problem = random_problem(random.Random(1), 10_000)
+    plan = solve_order(problem, limits=Limits(seconds=0))
+    validate(problem, plan)
+    assert plan.peak_bound <= plan.peak
