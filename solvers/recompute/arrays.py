@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -14,54 +15,79 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
+# The graph is one table of integers, so that kernels hand on one array; its rows. Row i of relation X stands in
+# X[X_ROW[i] : X_ROW[i + 1]].
+READ_ROW, READS = 0, 1  # operands of each op
+WRITE_ROW, WRITES = 2, 3  # results of each op
+READER_ROW, READERS = 4, 5  # ops that read each buffer
+AFTER_ROW, AFTER = 6, 7  # ops whose first run comes before each op's first run
+BEFORE_ROW, BEFORE = 8, 9  # ... and after it
+WRITER, SIZE = 10, 11  # per buffer: op that makes it (-1: resident), bytes
+IS_OUTPUT = 12  # per buffer, 1: the newest copy is held to the end
+IS_HELD = 13  # per buffer, 1: a forward output; the caller holds the copy in force when backward begins
+MADE, WORKSPACE = 14, 15  # per op: bytes of all results, bytes of workspace
+FORWARD, ONCE = 16, 17  # per op, 1 for those
+GUARDS = 18  # per op, 1: moving it over the begin of backward matters: it makes a forward output or runs once
+LOTTERY = 19  # buffers that may be recomputed, large ones more often
+COUNT = 20  # OPS, BUFFERS, TICKETS: how many
+OPS, BUFFERS, TICKETS = 0, 1, 2
+
+
 class Graph(NamedTuple):
-    """Ops and the buffers that ops make, in compressed rows: row i of ``x`` is ``x[p[i]:p[i + 1]]``.
+    """A problem for the kernels. Resident buffers cost nothing here: they are off every budget before the search."""
 
-    Resident buffers stand nowhere: what they take is off every budget before the search starts.
-    """
-
-    read_row: Ints  # operands of each op
-    reads: Ints
-    write_row: Ints  # results of each op
-    writes: Ints
-    after_row: Ints  # ops whose first run comes first
-    after: Ints
-    writer: Ints  # op that makes each buffer, -1 for resident ones
-    size: Ints  # bytes of each buffer
-    outputs: Ints  # buffers whose newest copy is held to the end
-    held: Ints  # forward outputs: the caller holds the copy in force when backward begins
-    is_held: Ints  # per buffer, 1 for those
-    time: Floats
-    workspace: Ints
-    forward: Ints  # 1 for ops of the forward phase
-    once: Ints
+    table: Ints
+    time: Floats  # per op
 
 
 def pack(problem: Problem) -> Graph:
     """The arrays of a problem."""
     ops = problem.ops
+    size = np.array([b.size for b in problem.buffers], np.int64)
     joint = any(op.phase != Phase.FORWARD for op in ops)
     held = [b for b in problem.forward_outputs if joint and problem.writer[b] >= 0]
     outputs = [b for b in problem.outputs if problem.writer[b] >= 0 and b not in set(held)]
-    is_held = np.zeros(len(problem.buffers), np.int64)
-    is_held[held] = 1
-    return Graph(
+    is_held, is_output = np.zeros(len(size), np.int64), np.zeros(len(size), np.int64)
+    is_held[held], is_output[outputs] = 1, 1
+    before: list[list[int]] = [[] for _ in ops]
+    for i, op in enumerate(ops):
+        for j in op.after:
+            before[j].append(i)
+    makes_held = {problem.writer[b] for b in held}
+    makes = [sum(problem.buffers[b].size for b in op.writes) for op in ops]
+    guards = [i in makes_held or (op.once and op.phase == Phase.FORWARD) for i, op in enumerate(ops)]
+    tickets = _lottery(problem, size)
+    rows = [
         *_rows(problem.operands),
         *_rows([op.writes for op in ops]),
+        *_rows(problem.readers),
         *_rows([op.after for op in ops]),
-        np.array(problem.writer, np.int64),
-        np.array([b.size for b in problem.buffers], np.int64),
-        np.array(outputs, np.int64),
-        np.array(held, np.int64),
+        *_rows(before),
+        problem.writer,
+        size,
+        is_output,
         is_held,
-        np.array([op.time for op in ops], np.float64),
-        np.array([op.workspace for op in ops], np.int64),
-        np.array([op.phase == Phase.FORWARD for op in ops], np.int64),
-        np.array([op.once for op in ops], np.int64),
-    )
+        makes,
+        [op.workspace for op in ops],
+        [op.phase == Phase.FORWARD for op in ops],
+        [op.once for op in ops],
+        guards,
+        tickets,
+        [len(ops), len(size), len(tickets)],
+    ]
+    table = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
+    for at, row in enumerate(rows):
+        table[at, : len(row)] = row
+    return Graph(table, np.array([op.time for op in ops], np.float64))
 
 
-def _rows(lists: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
-    row = np.zeros(len(lists) + 1, np.int64)
-    row[1:] = np.cumsum([len(x) for x in lists])
-    return row, np.array([v for x in lists for v in x], np.int64)
+def _lottery(problem: Problem, size: Ints) -> list[int]:
+    """Buffers as often as the square root of their size asks, at most 64 times the rarest; none for tiny ones."""
+    able = [b for b, w in enumerate(problem.writer) if w >= 0 and not problem.ops[w].once and problem.readers[b]]
+    largest = max((int(size[b]) for b in able), default=0)
+    tickets = [(b, int(np.sqrt(size[b] / largest) * 64)) for b in able] if largest else []
+    return [b for b, count in tickets for _ in range(count)]
+
+
+def _rows(lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    return [0, *accumulate(len(x) for x in lists)], [v for x in lists for v in x]

@@ -1,10 +1,53 @@
-"""Moves of the sequence search: recompute before a reader with its chain, drop a run, shift a run or a block."""
+"""Moves of the sequence search: recompute before a reader with its chain, drop runs, shift runs."""
 
 from __future__ import annotations
 
 from numba import njit
 
-NONE = -1
+from memplan.solvers.recompute.arrays import (
+    COUNT,
+    IS_HELD,
+    IS_OUTPUT,
+    LOTTERY,
+    ONCE,
+    OPS,
+    READ_ROW,
+    READER_ROW,
+    READERS,
+    READS,
+    SIZE,
+    TICKETS,
+    WRITE_ROW,
+    WRITER,
+    WRITES,
+)
+from memplan.solvers.recompute.state import (
+    BITS,
+    BUDGET,
+    CAPACITY,
+    FIRST,
+    GONE,
+    KEY,
+    LENGTH,
+    LOAD,
+    NEXT,
+    NONE,
+    OP,
+    OVER,
+    PREV,
+    RUN,
+    RUNS,
+    N,
+    begin,
+    insert,
+    remove,
+)
+
+# Rows of the moves' scratch table.
+CHOSEN, SEEN = 0, 1  # ops of the chain at hand; per op: the last chain that chose it
+CHAIN, FOUND = 2, 3  # one entry: the chain at hand; what ``look`` found
+TRIES = 12  # draws in search of an idle buffer over one position
+CHAIN_BITS = 9  # one move inserts below 2^9 runs; the bound is drawn, as long chains are rarely wanted and costly
 
 
 @njit(cache=True)
@@ -22,149 +65,216 @@ def unit(random):
 
 
 @njit(cache=True)
-def overload_of(s, size, start, stop, budget):
+def look(g, s, b, key, w):
+    """The copy of b in force just before ``key``: w[FOUND] = (run, last use before key, next use from key on or NONE)."""
+    run = s[FIRST, g[WRITER, b]]
+    w[FOUND, 0] = w[FOUND, 1] = w[FOUND, 2] = NONE
+    if run == NONE or s[KEY, run] >= key:
+        return
+    while s[NEXT, run] != NONE and s[KEY, s[NEXT, run]] < key:
+        run = s[NEXT, run]
+    made = s[KEY, run]
+    until = s[KEY, s[NEXT, run]] if s[NEXT, run] != NONE else ((s[N, LENGTH] + 1) << BITS)
+    before, after = made, until + 1
+    for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
+        reader = s[FIRST, g[READERS, j]]
+        while reader != NONE and s[KEY, reader] <= until:
+            at = s[KEY, reader]
+            if made < at < key:
+                before = max(before, at)
+            elif at >= key:
+                after = min(after, at)
+            reader = s[NEXT, reader]
+    w[FOUND, 0], w[FOUND, 1] = run, before
+    if after <= until:
+        w[FOUND, 2] = after
+    if (g[IS_OUTPUT, b] == 1 and s[NEXT, run] == NONE) or (g[IS_HELD, b] == 1):
+        w[FOUND, 2] = key  # held on in any case
+
+
+@njit(cache=True)
+def over_position(s, random):
+    """A position over the budget, or any where none is."""
+    length = s[N, LENGTH]
+    start = draw(random, length)
+    if s[N, OVER] > 0:
+        for t in range(start, length):
+            if s[LOAD, t] > s[N, BUDGET]:
+                return t
+        for t in range(start):
+            if s[LOAD, t] > s[N, BUDGET]:
+                return t
+    return start
+
+
+@njit(cache=True)
+def overload(s, size, start, stop):
     """How much the bytes over the budget grow when ``size`` more are held in positions [start, stop)."""
     more = 0
+    budget = s[N, BUDGET]
     for t in range(start, stop):
-        room = budget - s.load[t]
-        if room < size:
-            more += size - max(0, room)
+        more += max(0, s[LOAD, t] + size - budget) - max(0, s[LOAD, t] - budget)
     return more
 
 
 @njit(cache=True)
-def pick_gap(g, s, budget, random):
-    """A read slot whose copy lies idle before it, and its position; over an overloaded position where there is one."""
-    length = s.scalar[0]
-    at = draw(random, length)
-    if s.scalar[1] > 0:
-        seen = 0
-        for t in range(length):
-            if s.load[t] > budget:
-                seen += 1
-                if draw(random, seen) == 0:
-                    at = t
-    best = NONE
-    best_t = NONE
-    best_key = 0.0
-    for t in range(at + 1, length):
-        i = s.seq[t]
-        for slot in range(s.row[t], s.row[t + 1]):
-            if s.previous[slot] < at:
-                b = g.reads[g.read_row[i] + slot - s.row[t]]
-                if g.size[b] > 0 and g.once[g.writer[b]] == 0:
-                    key = g.size[b] * unit(random) / (1.0 + g.time[g.writer[b]])
-                    if key > best_key:
-                        best_key, best, best_t = key, slot, t
-    return best, best_t
+def pick_idle(g, duration, s, w, at, random):
+    """A buffer that lies idle over position ``at``, its next use in ``w[FOUND, 2]``; NONE when no draw finds one.
+
+    Of two found the one with more bytes per time of its op is likelier.
+    """
+    best, best_key, best_next = NONE, 0.0, NONE
+    hits = 0
+    for _ in range(TRIES):
+        b = g[LOTTERY, draw(random, g[COUNT, TICKETS])]
+        look(g, s, b, (at << BITS) + 1, w)
+        if w[FOUND, 0] == NONE or w[FOUND, 1] == (at << BITS) or w[FOUND, 2] <= (at << BITS) + 1:
+            continue
+        hits += 1
+        key = g[SIZE, b] / (1.0 + duration[g[WRITER, b]]) * unit(random)
+        if key > best_key:
+            best, best_key, best_next = b, key, w[FOUND, 2]
+        if hits == 2:
+            break
+    w[FOUND, 2] = best_next
+    return best
 
 
 @njit(cache=True)
-def chain(g, s, slot, at, weight, budget, random, work):
-    """Mark in ``work.chosen`` the ops to run again just before position ``at`` so that read ``slot`` has a fresh copy.
+def gather_chain(g, duration, s, w, i, at, price, random):
+    """List in ``w[CHOSEN]`` op i and the absent operands to run again with it before ``at``; returns how many.
 
-    Each absent operand is either held on from its last use (priced by the overload it makes) or made again (priced by
-    its time), both blurred by a random factor. Returns how many ops were chosen.
+    An absent operand is either held on from its last use (priced by the overload that makes) or made again (priced by
+    its time, blurred by a random factor).
     """
-    for i in range(len(g.time)):
-        work.chosen[i] = 0
-    for b in range(len(g.size)):
-        work.last[b] = -1
-        work.alive[b] = 0
-    for t in range(at):
-        i = s.seq[t]
-        for k in range(g.read_row[i], g.read_row[i + 1]):
-            work.last[g.reads[k]] = t
-        for k in range(g.write_row[i], g.write_row[i + 1]):
-            work.last[g.writes[k]] = t
-    for t in range(at, s.scalar[0]):
-        i = s.seq[t]
-        for j in range(s.row[t], s.row[t + 1]):
-            if s.source[j] < at:
-                work.alive[g.reads[g.read_row[i] + j - s.row[t]]] = 1
-    b = g.reads[g.read_row[s.seq[at]] + slot - s.row[at]]
-    first = g.writer[b]
-    work.chosen[first] = 1
-    work.stack[0] = first
-    depth = 1
-    count = 1
+    w[CHAIN, 0] += 1
+    mark = w[CHAIN, 0]
+    w[CHOSEN, 0] = i
+    w[SEEN, i] = mark
+    count, done = 1, 0
+    longest = 1 << draw(random, CHAIN_BITS)
     blur = 4.0 * unit(random)
-    while depth > 0:
-        depth -= 1
-        i = work.stack[depth]
-        for k in range(g.read_row[i], g.read_row[i + 1]):
-            b = g.reads[k]
-            j = g.writer[b]
-            if work.chosen[j] == 1 or work.alive[b] == 1 or g.once[j] == 1 or work.last[b] < 0:
+    while done < count < longest:
+        i = w[CHOSEN, done]
+        done += 1
+        for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+            b = g[READS, k]
+            j = g[WRITER, b]
+            if w[SEEN, j] == mark or g[ONCE, j] == 1:
                 continue
-            hold = weight * overload_of(s, g.size[b], work.last[b] + 1, at, budget)
-            if g.time[j] * blur * (0.25 + unit(random)) < hold:
-                work.chosen[j] = 1
-                work.stack[depth] = j
-                depth += 1
+            look(g, s, b, (at << BITS), w)
+            if w[FOUND, 0] == NONE or w[FOUND, 2] != NONE:
+                continue
+            hold = price * overload(s, g[SIZE, b], (w[FOUND, 1] >> BITS) + 1, at)
+            if duration[j] * blur * (0.25 + unit(random)) < hold:
+                w[SEEN, j] = mark
+                w[CHOSEN, count] = j
                 count += 1
+                if count == longest:
+                    break
+    for k in range(1, count):  # stored order is a valid order of the chain
+        i = w[CHOSEN, k]
+        j = k - 1
+        while j >= 0 and w[CHOSEN, j] > i:
+            w[CHOSEN, j + 1] = w[CHOSEN, j]
+            j -= 1
+        w[CHOSEN, j + 1] = i
     return count
 
 
 @njit(cache=True)
-def insert_chain(g, s, c, at, count, work):
-    """Write into ``c`` the sequence of ``s`` with the chosen ops, in stored order, before position ``at``."""
-    length = s.scalar[0]
-    if length + count > len(c.seq) - 1:
-        return 0
-    for t in range(at):
-        c.seq[t] = s.seq[t]
-    to = at
-    for i in range(len(g.time)):
-        if work.chosen[i] == 1:
-            c.seq[to] = i
-            to += 1
-    for t in range(at, length):
-        c.seq[to] = s.seq[t]
-        to += 1
-    return to
+def recompute(g, duration, s, w, price, random):
+    """Edit: run an idle buffer's op again, with what it lacks, before its next use. False when nothing was found."""
+    if g[COUNT, TICKETS] == 0:
+        return False
+    b = pick_idle(g, duration, s, w, over_position(s, random), random)
+    if b == NONE:
+        return False
+    at = w[FOUND, 2] >> BITS
+    if draw(random, 8) == 0:
+        look(g, s, b, w[FOUND, 2], w)
+        at -= draw(random, max(1, at - (w[FOUND, 1] >> BITS)))
+    count = gather_chain(g, duration, s, w, g[WRITER, b], at, price, random)
+    if s[N, LENGTH] + count > s[N, CAPACITY]:
+        return False
+    begin(s, at, count)
+    for k in range(count):
+        insert(g, s, k, w[CHOSEN, k])
+    return True
 
 
 @njit(cache=True)
-def drop_run(s, c, random):
-    """Write into ``c`` the sequence without one random run of a repeated op; 0 when there is none."""
-    length = s.scalar[0]
-    seen = 0
-    at = NONE
-    for t in range(length):
-        if s.runs[s.seq[t]] > 1:
-            seen += 1
-            if draw(random, seen) == 0:
-                at = t
-    if at == NONE:
-        return 0
-    for t in range(at):
-        c.seq[t] = s.seq[t]
-    for t in range(at + 1, length):
-        c.seq[t - 1] = s.seq[t]
-    return length - 1
+def drop(g, s, random):
+    """Edit: remove a run of a repeated op, at times with the repeated runs next to it. False when there is none."""
+    length = s[N, LENGTH]
+    if length == g[COUNT, OPS]:
+        return False
+    at = draw(random, length)
+    while s[RUNS, s[OP, s[RUN, at]]] < 2:
+        at = at + 1 if at + 1 < length else 0
+    begin(s, 0, 0)
+    width = 1 if draw(random, 3) > 0 else 1 + draw(random, 8)
+    while width > 0 and at < length:
+        run = s[RUN, at]
+        if s[RUNS, s[OP, run]] < 2:
+            break
+        if s[GONE, run] == 0:
+            remove(g, s, run)
+        at += 1
+        width -= 1
+    return True
 
 
 @njit(cache=True)
-def shift_block(s, c, random):
-    """Write into ``c`` the sequence with a short block moved to another place."""
-    length = s.scalar[0]
-    width = 1 if draw(random, 2) == 0 else 1 + draw(random, min(12, length))
-    start = draw(random, length - width + 1)
-    reach = 1 + int((length - 1) * unit(random) ** 3)
-    to = start + (reach if draw(random, 2) == 0 else -reach)
-    to = min(max(to, 0), length - width)
-    if to == start:
-        return 0
-    low, high = min(start, to), max(start, to) + width
-    for t in range(length):
-        c.seq[t] = s.seq[t]
-    if to > start:
-        for t in range(start + width, high):
-            c.seq[t - width] = s.seq[t]
-    else:
-        for t in range(low, start):
-            c.seq[t + width] = s.seq[t]
-    for t in range(width):
-        c.seq[to + t] = s.seq[start + t]
-    return length
+def shift(g, s, w, random):
+    """Edit: move a run, or a short block, to another place between what it reads and what reads it."""
+    length = s[N, LENGTH]
+    start = draw(random, length)
+    width = 1 if draw(random, 3) > 0 else min(1 + draw(random, 8), length - start)
+    low, high = 0, length - 1
+    if draw(random, 4) > 0:  # keep all readers on their copies
+        for t in range(start, start + width):
+            low, high = neighbours(g, s, w, s[RUN, t], start, start + width, low, high)
+    if draw(random, 2) == 0:
+        reach = 1 + draw(random, 16)
+        low, high = max(low, start - reach), min(high, start + width + reach)
+    if high < low:
+        return False
+    to = low + draw(random, high - low + 1)
+    if start <= to <= start + width:
+        return False
+    begin(s, to, width)
+    for t in range(start, start + width):
+        remove(g, s, s[RUN, t])
+    for k in range(width):
+        insert(g, s, k, s[OP, s[RUN, start + k]])
+    return True
+
+
+@njit(cache=True)
+def neighbours(g, s, w, run, start, stop, low, high):
+    """Narrow [low, high], the positions before which a run may stand, by what it reads and what reads it.
+
+    Runs in [start, stop) move along and do not count.
+    """
+    i, key = s[OP, run], s[KEY, run]
+    for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+        look(g, s, g[READS, k], key, w)
+        made = s[KEY, w[FOUND, 0]] >> BITS
+        if made < start:
+            low = max(low, made + 1)
+    if s[PREV, run] != NONE:
+        low = max(low, (s[KEY, s[PREV, run]] >> BITS) + 1)
+    if s[NEXT, run] != NONE:
+        high = min(high, s[KEY, s[NEXT, run]] >> BITS)
+    for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+        b = g[WRITES, k]
+        for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
+            reader = s[FIRST, g[READERS, j]]
+            while reader != NONE:
+                t = s[KEY, reader] >> BITS
+                if s[KEY, reader] > key and t >= stop:
+                    high = min(high, t)
+                    break
+                reader = s[NEXT, reader]
+    return low, high

@@ -6,18 +6,18 @@ import time as clock
 from collections.abc import Sequence
 
 import numpy as np
-from memplan.solvers.recompute.anneal import Best, anneal, new_work, settle
-from memplan.solvers.recompute.arrays import Graph, pack
-from memplan.solvers.recompute.bound import peak_bound, recompute_bound
-from memplan.solvers.recompute.state import new_state
 
 from memplan.outcome import Limits, Status
 from memplan.plan import Plan
 from memplan.problem import Problem
+from memplan.solvers.recompute.anneal import anneal, new_best, new_work
+from memplan.solvers.recompute.arrays import Graph, pack
+from memplan.solvers.recompute.bound import peak_bound, recompute_bound
+from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
 
 SOLVER = "recompute: sequence annealing"
 DEFAULT = Limits()
-CHUNK = 2000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
+CHUNK = 10_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
 
 
 class Search:
@@ -26,42 +26,34 @@ class Search:
     def __init__(self, problem: Problem, limits: Limits) -> None:
         self.problem, self.limits = problem, limits
         self.graph: Graph = pack(problem)
-        n = len(problem.ops)
-        self.capacity = 4 * n + 64
-        self.state, self.other = new_state(self.graph, self.capacity), new_state(self.graph, self.capacity)
+        self.capacity = 4 * len(problem.ops) + 64
+        self.state = new_state(self.graph, self.capacity)
         self.work = new_work(self.graph)
         self.random = np.array([1 + (limits.seed * 7919 + 12345) % 2147483646], np.int64)
         self.deadline = limits.deadline()
-        self.best = self._no_best()
-
-    def _no_best(self) -> Best:
-        def ints(length: int) -> np.ndarray:
-            return np.zeros(length, np.int64)
-
-        return Best(
-            ints(self.capacity + 1),
-            ints(1),
-            np.full(1, np.inf),
-            ints(self.capacity + 1),
-            np.array([0, np.iinfo(np.int64).max], np.int64),
-        )
+        self.best = new_best(self.capacity)
+        self.time = 0.0
 
     def load(self, sequence: Sequence[int], budget: int) -> float:
         """Make ``sequence`` the current state under ``budget`` bytes beyond the resident ones; returns its time."""
-        self.state.seq[: len(sequence)] = sequence
-        return settle(self.graph, self.state, len(sequence), budget)
+        self.time = reset(*self.graph, self.state, np.array(sequence, np.int64), len(sequence), budget)
+        return self.time
 
-    def anneal(self, budget: int, steps: int, hot: float, cold: float, price: np.ndarray) -> None:
+    @property
+    def peak(self) -> int:
+        """Bytes beyond the resident ones that the current sequence holds at most."""
+        return int(self.state[LOAD, : self.state[N, LENGTH]].max(initial=0))
+
+    def anneal(self, steps: int, hot: float, cold: float, price: np.ndarray) -> None:
         """Anneal in chunks until the steps are done, the deadline passes, or the user interrupts."""
         chunks = max(1, steps // CHUNK)
         ratio = (cold / hot) ** (1 / chunks)
         for _ in range(chunks):
             if clock.monotonic() > self.deadline:
                 return
-            anneal(
-                self.graph, self.state, self.other, self.work, self.best, budget, CHUNK, hot, hot * ratio, price,
-                self.random,
-            )  # fmt: skip
+            self.time = anneal(
+                *self.graph, self.state, self.work, self.best, self.time, CHUNK, hot, hot * ratio, price, self.random
+            )
             hot *= ratio
 
     def fastest(self) -> tuple[int, ...] | None:
@@ -87,7 +79,7 @@ def solve_recompute(
     room = budget - problem.resident_bytes
     stored = tuple(range(len(problem.ops)))
     unplanned_time = search.load(stored, room)
-    unplanned_peak = int(search.state.scalar[2]) + problem.resident_bytes
+    unplanned_peak = search.peak + problem.resident_bytes
     floor = peak_bound(problem)
 
     def plan(sequence: Sequence[int], status: Status) -> Plan:
@@ -95,7 +87,7 @@ def solve_recompute(
         return Plan(
             sequence=tuple(sequence),
             budget=budget if status in (Status.OPTIMAL, Status.FEASIBLE) else None,
-            peak=int(search.state.scalar[2]) + problem.resident_bytes,
+            peak=search.peak + problem.resident_bytes,
             time=time,
             bound=bound,
             peak_bound=floor,
@@ -128,12 +120,12 @@ def solve_recompute(
 def _search(search: Search, room: int, start: Sequence[int]) -> None:
     n = len(search.problem.ops)
     total = search.problem.total_time
-    moves = int(search.limits.work * 400_000)
+    moves = int(search.limits.work * 2_000_000)
     search.load(start, room)
-    over = max(1, int(search.state.scalar[1]))
+    over = max(1, int(search.state[N, OVER]))
     price = np.array([0.05 * total / over])
     typical = total / n
-    search.anneal(room, moves, 0.5 * typical, 0.005 * typical, price)
+    search.anneal(moves, 0.5 * typical, 0.005 * typical, price)
 
 
 def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence[int] | None = None) -> Plan:
@@ -142,7 +134,7 @@ def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence
     stored = tuple(range(len(problem.ops)))
     floor = peak_bound(problem)
     total = search.load(stored, 0)
-    unplanned = int(search.state.scalar[2]) + problem.resident_bytes
+    unplanned = search.peak + problem.resident_bytes
     if unplanned > floor:
         try:
             _lower(search, floor - problem.resident_bytes, start or stored)
@@ -151,7 +143,7 @@ def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence
                 limits.progress("interrupted: the lowest plan so far")
     found = search.lowest() if search.best.low[0] else stored
     time = search.load(found, 0)
-    peak = int(search.state.scalar[2]) + problem.resident_bytes
+    peak = search.peak + problem.resident_bytes
     return Plan(
         sequence=found,
         budget=None,
@@ -173,11 +165,11 @@ def _lower(search: Search, floor: int, start: Sequence[int]) -> None:
     sequence: Sequence[int] = start
     for k in range(rounds):
         search.load(sequence, 0)
-        peak = min(int(search.state.scalar[2]), int(search.best.low[1]))
+        peak = min(search.peak, int(search.best.low[1]))
         if peak <= floor or clock.monotonic() > search.deadline:
             return
         target = max(floor, peak - max(1, int((peak - floor) * 0.5 ** (1 + k / 4))))
         over_price = np.array([typical / max(1, peak - target)])
         search.load(sequence, target)
-        search.anneal(target, int(search.limits.work * 400_000 / rounds), typical, 0.05 * typical, over_price)
+        search.anneal(int(search.limits.work * 2_000_000 / rounds), typical, 0.05 * typical, over_price)
         sequence = search.lowest()

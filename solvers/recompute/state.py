@@ -1,168 +1,427 @@
-"""What a sequence holds at every position: links from reads to copies, useless runs, loads."""
+"""A sequence of runs, the loads it makes, and edits of it that are weighed before they are kept.
+
+A run stands at a *key*: its position times SPACING. Runs that an edit inserts before position q get the keys just
+below ``(q << BITS)``, so that an edit renumbers nothing until it is kept. Every op has its runs in a linked list in
+order of keys; a copy's live interval follows from the lists of its writer and its readers.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from memplan.solvers.recompute.arrays import Graph, Ints
 from numba import njit
 
-VALID, BROKEN = 1, 0
+from memplan.solvers.recompute.arrays import (
+    AFTER,
+    AFTER_ROW,
+    BEFORE,
+    BEFORE_ROW,
+    BUFFERS,
+    COUNT,
+    FORWARD,
+    GUARDS,
+    IS_HELD,
+    IS_OUTPUT,
+    MADE,
+    ONCE,
+    READ_ROW,
+    READER_ROW,
+    READERS,
+    READS,
+    SIZE,
+    WORKSPACE,
+    WRITE_ROW,
+    WRITER,
+    WRITES,
+    Graph,
+    Ints,
+)
+
+BITS = 10
+SPACING = 1 << BITS  # an edit inserts fewer runs than this
+NONE = -1
+
+# The state is one table of integers, so that kernels hand on one array; its rows:
+N = 0  # the numbers named below
+RUN, LOAD = 1, 2  # per position: run id, bytes
+OP, KEY, NEXT, PREV, GONE = 3, 4, 5, 6, 7  # per run id; NEXT, PREV: the op's other runs; GONE: the edit removes it
+FREE = 8  # stack of run ids
+FIRST, RUNS = 9, 10  # per op: its first run, how many
+INSERTED, REMOVED, TOUCHED = 11, 12, 13  # lists of the edit: run ids, run ids, buffers whose intervals may change
+STAMP = 14  # per buffer: the last edit that touched it
+CHANGE, FRESH = 15, 16  # per position of the edited sequence: bytes that begin minus bytes that ended; load
+SPARE = 17  # scratch
+ROWS = 18
+# The numbers: of the sequence (CAPACITY: most runs; OVER: bytes over the budget, summed over positions; BORDER: where backward begins) ...
+LENGTH, OVER, N_FREE, BORDER, BUDGET, CAPACITY = 0, 1, 2, 3, 4, 15
+# ... and of the edit at hand (LOW, HIGH: the positions it changes; BEGIN: the key at which backward begins after it).
+AT, N_INSERTED, N_REMOVED, N_TOUCHED, EDIT, LOW, HIGH, BEGIN, NEW_OVER, BROKEN = 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
 
 
-class State(NamedTuple):
-    """A sequence and what follows from it. Read slot ``row[t] + k`` is the k-th operand of the run at position t."""
-
-    seq: Ints  # op at each position
-    row: Ints  # first read slot of each position
-    source: Ints  # per read slot: position of the run whose copy is read
-    previous: Ints  # per read slot: the last use of that copy before, its making included
-    load: Ints  # bytes at each position
-    runs: Ints  # per op: how many runs it has
-    newest: Ints  # per op: scratch, position of its newest run
-    used: Ints  # per buffer: scratch, last use of its newest copy
-    mark: Ints  # per position: scratch
-    scalar: Ints  # length, bytes over the budget summed over positions, peak
-
-
-def new_state(graph: Graph, capacity: int) -> State:
+def new_state(graph: Graph, capacity: int) -> Ints:
     """An empty state for at most ``capacity`` runs."""
-    n = len(graph.time)
-    widest = int(np.max(np.diff(graph.read_row), initial=0))
-    slots = min(capacity * max(1, widest), 8 * (len(graph.reads) + n) + capacity)
-
-    def ints(length: int) -> Ints:
-        return np.zeros(length, np.int64)
-
-    return State(
-        ints(capacity + 1),
-        ints(capacity + 2),
-        ints(slots + 1),
-        ints(slots + 1),
-        ints(capacity + 2),
-        ints(n),
-        ints(n),
-        ints(len(graph.size)),
-        ints(capacity + 1),
-        ints(3),
-    )
+    state = np.zeros((ROWS, max(capacity + 3 * SPACING, graph.table.shape[1])), np.int64)
+    state[N, CAPACITY] = capacity
+    return state
 
 
 @njit(cache=True)
-def link(g, s, length):
-    """Find for every read the run it reads from; BROKEN when the sequence breaks a rule of the problem."""
-    n = len(g.time)
-    for i in range(n):
-        s.runs[i] = 0
-        s.newest[i] = -1
-    for t in range(length):
-        s.mark[t] = 0
-    backward = False
-    slot = 0
-    for t in range(length):
-        i = s.seq[t]
-        if g.forward[i] == 0 and not backward:
-            backward = True
-            for b in g.held:
-                if s.newest[g.writer[b]] < 0:
-                    return BROKEN
-                s.mark[s.newest[g.writer[b]]] = 1
-        if g.once[i] == 1 and (s.runs[i] > 0 or (backward and g.forward[i] == 1)):
-            return BROKEN
-        if s.runs[i] == 0:
-            for k in range(g.after_row[i], g.after_row[i + 1]):
-                if s.runs[g.after[k]] == 0:
-                    return BROKEN
-        s.row[t] = slot
-        if slot + g.read_row[i + 1] - g.read_row[i] >= len(s.source):
-            return BROKEN
-        for k in range(g.read_row[i], g.read_row[i + 1]):
-            made = s.newest[g.writer[g.reads[k]]]
-            if made < 0:
-                return BROKEN
-            s.source[slot] = made
-            slot += 1
-        s.runs[i] += 1
-        s.newest[i] = t
-    s.row[length] = slot
-    for i in range(n):
-        if s.runs[i] == 0:
-            return BROKEN
-    for b in g.outputs:
-        s.mark[s.newest[g.writer[b]]] = 1
-    return VALID
+def attach(s, run):
+    """Put a run into its op's list, in order of keys."""
+    i = s[OP, run]
+    before, after = NONE, s[FIRST, i]
+    while after != NONE and s[KEY, after] < s[KEY, run]:
+        before, after = after, s[NEXT, after]
+    s[PREV, run], s[NEXT, run] = before, after
+    if before == NONE:
+        s[FIRST, i] = run
+    else:
+        s[NEXT, before] = run
+    if after != NONE:
+        s[PREV, after] = run
+    s[RUNS, i] += 1
 
 
 @njit(cache=True)
-def trim(g, s, length):
-    """Drop, from the end, repeated runs that nothing reads; returns the new length. Needs fresh links and marks."""
-    dropped = 0
+def detach(s, run):
+    """Take a run out of its op's list."""
+    before, after = s[PREV, run], s[NEXT, run]
+    if before == NONE:
+        s[FIRST, s[OP, run]] = after
+    else:
+        s[NEXT, before] = after
+    if after != NONE:
+        s[PREV, after] = before
+    s[RUNS, s[OP, run]] -= 1
+
+
+@njit(cache=True)
+def place(s, key):
+    """Position of a key in the sequence with the edit's inserted runs, removed ones still counted."""
+    wall = s[N, AT] << BITS
+    if key >= wall:
+        return (key >> BITS) + s[N, N_INSERTED]
+    if key >= wall - s[N, N_INSERTED]:
+        return s[N, AT] + key - (wall - s[N, N_INSERTED])
+    return key >> BITS
+
+
+@njit(cache=True)
+def spans(g, s, b, sign):
+    """Add the live intervals of all copies of a buffer to ``change``; marks the edit BROKEN where a copy is missing."""
+    size = g[SIZE, b] * sign
+    run = s[FIRST, g[WRITER, b]]
+    if run == NONE or (g[IS_HELD, b] == 1 and s[KEY, run] > s[N, BEGIN]):
+        s[N, BROKEN] = 1
+        return
+    end_of_all = s[N, LENGTH] + s[N, N_INSERTED]
+    for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
+        reader = s[FIRST, g[READERS, j]]
+        if reader != NONE and s[KEY, reader] < s[KEY, run]:
+            s[N, BROKEN] = 1
+            return
+    if size == 0:
+        return
+    while run != NONE:
+        made = s[KEY, run]
+        after = s[NEXT, run]
+        until = s[KEY, after] if after != NONE else (end_of_all << BITS)
+        last = made
+        if (g[IS_OUTPUT, b] == 1 and after == NONE) or (g[IS_HELD, b] == 1 and made < s[N, BEGIN] <= until):
+            stop = end_of_all
+        else:
+            for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
+                reader = s[FIRST, g[READERS, j]]
+                while reader != NONE and s[KEY, reader] < until:
+                    last = max(last, s[KEY, reader])
+                    reader = s[NEXT, reader]
+            stop = place(s, last) + 1
+        start = place(s, made)
+        s[CHANGE, start] += size
+        s[CHANGE, stop] -= size
+        s[N, LOW] = min(s[N, LOW], start)
+        s[N, HIGH] = max(s[N, HIGH], stop)
+        run = after
+
+
+@njit(cache=True)
+def reset(g, duration, s, sequence, length, budget):
+    """Make a valid sequence the state under a budget of bytes beyond the resident ones; returns its time."""
+    s[N, LENGTH], s[N, AT], s[N, N_INSERTED], s[N, BUDGET] = length, length, 0, budget
+    s[N, BORDER] = length
+    s[N, LOW] = s[N, HIGH] = s[N, BROKEN] = 0
+    s[FIRST, :] = NONE
+    s[RUNS, :] = 0
+    time = 0.0
     for t in range(length - 1, -1, -1):
-        i = s.seq[t]
-        if s.mark[t] == 0 and s.runs[i] > 1:
-            s.runs[i] -= 1
-            s.mark[t] = -1
-            dropped += 1
-            continue
-        for slot in range(s.row[t], s.row[t + 1]):
-            s.mark[s.source[slot]] = 1
-    if dropped == 0:
-        return length
-    kept = 0
-    for t in range(length):
-        if s.mark[t] >= 0:
-            s.seq[kept] = s.seq[t]
-            kept += 1
-    return kept
-
-
-@njit(cache=True)
-def weigh(g, s, length, budget):
-    """Loads, peak and bytes over the budget of a linked sequence; returns its time. O(reads + length)."""
-    load = s.load
-    for t in range(length + 1):
-        load[t] = 0
-    began = length  # position at which backward begins
-    total = 0.0
-    for t in range(length):
-        i = s.seq[t]
-        if g.forward[i] == 0 and began == length:
-            began = t
-            for b in g.held:
-                load[s.used[b] + 1] += g.size[b]
-                load[length] -= g.size[b]
-        for k in range(g.read_row[i], g.read_row[i + 1]):
-            b = g.reads[k]
-            slot = s.row[t] + k - g.read_row[i]
-            if g.is_held[b] == 1 and began < length and s.source[slot] < began:
-                s.previous[slot] = t  # the caller's copy: never idle, already counted
-                continue
-            s.previous[slot] = s.used[b]
-            load[s.used[b] + 1] += g.size[b]
-            load[t + 1] -= g.size[b]
-            s.used[b] = t
-        for k in range(g.write_row[i], g.write_row[i + 1]):
-            b = g.writes[k]
-            load[t] += g.size[b]
-            load[t + 1] -= g.size[b]
-            s.used[b] = t
-        load[t] += g.workspace[i]
-        load[t + 1] -= g.workspace[i]
-        total += g.time[i]
-    for b in g.outputs:
-        load[s.used[b] + 1] += g.size[b]
-        load[length] -= g.size[b]
-    over = 0
-    peak = 0
+        s[RUN, t] = t
+        s[OP, t] = sequence[t]
+        s[KEY, t] = t << BITS
+        s[GONE, t] = 0
+        attach(s, t)
+        time += duration[sequence[t]]
+        if g[FORWARD, sequence[t]] == 0:
+            s[N, BORDER] = t
+    s[N, BEGIN] = s[N, BORDER] << BITS
+    s[N, N_FREE] = 0
+    for run in range(s.shape[1] - 1, length - 1, -1):
+        s[GONE, run] = 0
+        s[FREE, s[N, N_FREE]] = run
+        s[N, N_FREE] += 1
+    s[CHANGE, :] = 0
+    for b in range(g[COUNT, BUFFERS]):
+        if g[WRITER, b] != NONE:
+            spans(g, s, b, 1)
+    s[N, OVER] = 0
     held = 0
     for t in range(length):
-        held += load[t]
-        load[t] = held
-        peak = max(peak, held)
-        if held > budget:
-            over += held - budget
-    s.scalar[0] = length
-    s.scalar[1] = over
-    s.scalar[2] = peak
-    return total
+        held += s[CHANGE, t]
+        s[LOAD, t] = held + g[WORKSPACE, sequence[t]]
+        s[N, OVER] += max(0, s[LOAD, t] - budget)
+    s[CHANGE, :] = 0
+    return time
+
+
+@njit(cache=True)
+def touch(g, s, i):
+    """Take the intervals of all buffers of op i out of the edited sequence, before its list changes."""
+    for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+        _touch_buffer(g, s, g[READS, k])
+    for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+        _touch_buffer(g, s, g[WRITES, k])
+
+
+@njit(cache=True)
+def _touch_buffer(g, s, b):
+    if s[STAMP, b] == s[N, EDIT]:
+        return
+    s[STAMP, b] = s[N, EDIT]
+    s[TOUCHED, s[N, N_TOUCHED]] = b
+    s[N, N_TOUCHED] += 1
+    spans(g, s, b, -1)
+
+
+@njit(cache=True)
+def begin(s, at, inserted):
+    """Start an edit that inserts ``inserted`` runs before position ``at`` (below the length)."""
+    s[N, AT], s[N, N_INSERTED] = at, inserted
+    s[N, N_REMOVED] = s[N, N_TOUCHED] = s[N, BROKEN] = 0
+    s[N, EDIT] += 1
+    s[N, LOW], s[N, HIGH] = at, at + inserted
+    s[N, BEGIN] = s[N, BORDER] << BITS
+
+
+@njit(cache=True)
+def insert(g, s, k, i):
+    """Insert a run of op i as the k-th of the edit. Call in order after ``begin``, after removals."""
+    touch(g, s, i)
+    s[N, N_FREE] -= 1
+    run = s[FREE, s[N, N_FREE]]
+    s[OP, run] = i
+    s[KEY, run] = (s[N, AT] << BITS) - s[N, N_INSERTED] + k
+    s[GONE, run] = 0
+    s[INSERTED, k] = run
+    attach(s, run)
+
+
+@njit(cache=True)
+def remove(g, s, run):
+    """Remove a run."""
+    touch(g, s, s[OP, run])
+    detach(s, run)
+    s[GONE, run] = 1
+    s[REMOVED, s[N, N_REMOVED]] = run
+    s[N, N_REMOVED] += 1
+    at = place(s, s[KEY, run])
+    s[N, LOW], s[N, HIGH] = min(s[N, LOW], at), max(s[N, HIGH], at + 1)
+
+
+@njit(cache=True)
+def useless(g, s, run):
+    """Whether nothing reads any copy that a repeated run makes."""
+    made, after = s[KEY, run], s[NEXT, run]
+    until = s[KEY, after] if after != NONE else ((s[N, LENGTH] + 1) << BITS)
+    for k in range(g[WRITE_ROW, s[OP, run]], g[WRITE_ROW, s[OP, run] + 1]):
+        b = g[WRITES, k]
+        if (g[IS_OUTPUT, b] == 1 and after == NONE) or (g[IS_HELD, b] == 1 and made < s[N, BEGIN] <= until):
+            return False
+        for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
+            reader = s[FIRST, g[READERS, j]]
+            while reader != NONE and s[KEY, reader] < until:
+                if s[KEY, reader] > made:
+                    return False
+                reader = s[NEXT, reader]
+    return True
+
+
+@njit(cache=True)
+def sweep_useless(g, s):
+    """Remove repeated runs that the edit left unread, and those that only they had read."""
+    k = 0
+    while k < s[N, N_TOUCHED]:  # removing a run touches its operands, which lengthens the list
+        i = g[WRITER, s[TOUCHED, k]]
+        run = s[FIRST, i]
+        while run != NONE and s[RUNS, i] > 1:
+            after = s[NEXT, run]
+            if useless(g, s, run):
+                remove(g, s, run)
+            run = after
+        k += 1
+
+
+@njit(cache=True)
+def first_runs_in_order(g, s, i):
+    """Whether op i's first run keeps its order with the ops it must follow and those that must follow it."""
+    if s[FIRST, i] == NONE:
+        return False
+    key = s[KEY, s[FIRST, i]]
+    for k in range(g[AFTER_ROW, i], g[AFTER_ROW, i + 1]):
+        j = s[FIRST, g[AFTER, k]]
+        if j == NONE or s[KEY, j] > key:
+            return False
+    for k in range(g[BEFORE_ROW, i], g[BEFORE_ROW, i + 1]):
+        j = s[FIRST, g[BEFORE, k]]
+        if j == NONE or s[KEY, j] < key:
+            return False
+    return True
+
+
+@njit(cache=True)
+def move_border(g, s):
+    """Find where backward begins after the edit; False when a forward output or a random op ends on the wrong side."""
+    border = s[N, BORDER]
+    old = border << BITS
+    if border < s[N, LENGTH] and s[GONE, s[RUN, border]] == 1:
+        border += 1
+        while border < s[N, LENGTH] and (s[GONE, s[RUN, border]] == 1 or g[FORWARD, s[OP, s[RUN, border]]] == 1):
+            border += 1
+    key = border << BITS
+    for k in range(s[N, N_INSERTED]):
+        run = s[INSERTED, k]
+        if g[FORWARD, s[OP, run]] == 0 and s[GONE, run] == 0:
+            key = min(key, s[KEY, run])
+    if key != old:
+        for t in range(max(0, min(key, old) >> BITS), min(s[N, LENGTH], (max(key, old) >> BITS) + 1)):
+            if g[GUARDS, s[OP, s[RUN, t]]] == 1 and s[GONE, s[RUN, t]] == 0:
+                return False
+    s[N, BEGIN] = key
+    for k in range(s[N, N_INSERTED]):
+        run, i = s[INSERTED, k], s[OP, s[INSERTED, k]]
+        late = g[GUARDS, i] == 1 and s[GONE, run] == 0 and s[KEY, run] > key
+        if late and (g[ONCE, i] == 1 or key != old):
+            return False
+    return True
+
+
+@njit(cache=True)
+def weigh(g, duration, s):
+    """Finish the edit: NEW_OVER and the loads; returns how much time it adds. BROKEN when it breaks a rule."""
+    if not move_border(g, s):
+        s[N, BROKEN] = 1
+    if s[N, BROKEN] == 0:
+        sweep_useless(g, s)
+        if not move_border(g, s):  # the sweep may have removed the run at which backward began
+            s[N, BROKEN] = 1
+    added = 0.0
+    for k in range(s[N, N_INSERTED]):
+        added += duration[s[OP, s[INSERTED, k]]]
+        if s[N, BROKEN] == 0 and not first_runs_in_order(g, s, s[OP, s[INSERTED, k]]):
+            s[N, BROKEN] = 1
+    for k in range(s[N, N_REMOVED]):
+        added -= duration[s[OP, s[REMOVED, k]]]
+        if s[N, BROKEN] == 0 and not first_runs_in_order(g, s, s[OP, s[REMOVED, k]]):
+            s[N, BROKEN] = 1
+    if s[N, BROKEN] == 0:
+        for k in range(s[N, N_TOUCHED]):
+            spans(g, s, s[TOUCHED, k], 1)
+    _profile(g, s)
+    return added
+
+
+@njit(cache=True)
+def _profile(g, s):
+    """Loads of the edited sequence between LOW and HIGH, and the bytes over the budget; clears ``change``."""
+    at, inserted, budget = s[N, AT], s[N, N_INSERTED], s[N, BUDGET]
+    length = s[N, LENGTH] + inserted
+    low, high = s[N, LOW], min(s[N, HIGH], length)
+    over = s[N, OVER]
+    if s[N, BROKEN] == 1:
+        s[CHANGE, low : s[N, HIGH] + 1] = 0
+        return
+    more = 0
+    for v in range(low, min(at, high)):
+        more += s[CHANGE, v]
+        old = s[LOAD, v]
+        s[FRESH, v] = old + more
+        over += max(0, old + more - budget) - max(0, old - budget)
+    if inserted > 0:
+        here = s[OP, s[RUN, at]]
+        across = s[LOAD, at] - g[MADE, here] - g[WORKSPACE, here]
+        for v in range(at, at + inserted):
+            more += s[CHANGE, v]
+            run = s[INSERTED, v - at]
+            s[FRESH, v] = across + more + g[WORKSPACE, s[OP, run]]
+            if s[GONE, run] == 0:
+                over += max(0, s[FRESH, v] - budget)
+    for v in range(max(low, at + inserted), high):
+        more += s[CHANGE, v]
+        old = s[LOAD, v - inserted]
+        s[FRESH, v] = old + more
+        over += max(0, old + more - budget) - max(0, old - budget)
+    for k in range(s[N, N_REMOVED]):
+        t = s[KEY, s[REMOVED, k]]
+        if t & (SPACING - 1) == 0:
+            v = place(s, t)
+            over -= max(0, s[FRESH, v] - budget)
+    s[CHANGE, low : s[N, HIGH] + 1] = 0
+    s[N, NEW_OVER] = over
+
+
+@njit(cache=True)
+def undo(s):
+    """Give the edit up."""
+    for k in range(s[N, N_REMOVED] - 1, -1, -1):
+        run = s[REMOVED, k]
+        s[GONE, run] = 0
+        attach(s, run)
+    for k in range(s[N, N_INSERTED]):
+        run = s[INSERTED, k]
+        detach(s, run)
+        s[FREE, s[N, N_FREE]] = run
+        s[N, N_FREE] += 1
+
+
+@njit(cache=True)
+def keep(s):
+    """Make the edited sequence the sequence."""
+    inserted, length = s[N, N_INSERTED], s[N, LENGTH]
+    low, high = s[N, LOW], min(s[N, HIGH], length + inserted)
+    to = low
+    for v in range(low, length + inserted):
+        if s[N, AT] <= v < s[N, AT] + inserted:
+            run = s[INSERTED, v - s[N, AT]]
+        else:
+            run = s[RUN, v if v < s[N, AT] else v - inserted]
+            if v >= high and s[N, N_REMOVED] == inserted:
+                break  # from here on nothing moved
+        if s[GONE, run] == 0:
+            s[SPARE, to] = run
+            s[FRESH, to] = s[FRESH, v] if v < high else s[LOAD, v - inserted]
+            to += 1
+    border = s[N, BORDER]
+    begin_key = s[N, BEGIN]
+    for t in range(low, to):
+        run = s[SPARE, t]
+        if s[KEY, run] == begin_key:
+            border = t
+        s[RUN, t] = run
+        s[LOAD, t] = s[FRESH, t]
+    for t in range(low, to):
+        s[KEY, s[RUN, t]] = t << BITS
+    s[N, LENGTH] = length + inserted - s[N, N_REMOVED]
+    s[N, BORDER] = border if begin_key < (length << BITS) else s[N, LENGTH]
+    s[N, OVER] = s[N, NEW_OVER]
+    for k in range(s[N, N_REMOVED]):
+        run = s[REMOVED, k]
+        s[GONE, run] = 0
+        s[FREE, s[N, N_FREE]] = run
+        s[N, N_FREE] += 1
