@@ -1,12 +1,13 @@
 """The cost model against the truth, op by op: workspace against a malloc interposer, the estimate against measurement.
 
-``python benchmarks/op_costs.py`` prints a table and writes ``benchmarks/results/op_costs.json``; ``--quick`` takes the
-small cases alone and writes nothing. It restarts itself under the interposer.
+``python benchmarks/op_costs.py`` prints a table and writes ``benchmarks/results/op_costs.json``; ``--quick`` takes half of
+the cases, smaller, and writes nothing. It restarts itself under the interposer.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -35,13 +36,15 @@ class Case(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def cases(scale: int) -> Iterator[Case]:
-    """Calls of the ops that training runs; ``scale`` multiplies the batch."""
+def cases(scale: int, *, half: bool = False) -> Iterator[Case]:
+    """Calls of the ops that training runs; ``scale`` multiplies the batch. Half: each memory format with one dtype."""
+    last = torch.channels_last
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            suffix = f"{label} {'nhwc' if memory_format is torch.channels_last else 'nchw'}"
-            yield from _named(suffix, _images(scale, dtype, memory_format))
+        for memory_format in (torch.contiguous_format, last):
+            if not half or (dtype == torch.bfloat16) == (memory_format is last):
+                suffix = f"{label} {'nhwc' if memory_format is last else 'nchw'}"
+                yield from _named(suffix, _images(scale, dtype, memory_format))
         yield from _named(label, _products(scale, dtype))
         yield from _named(label, _rows(scale, dtype))
 
@@ -242,10 +245,11 @@ def main() -> None:
     if "LD_PRELOAD" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], interposed_environment())
     torch.set_num_threads(options.threads)
+    gc.freeze()  # the meter collects garbage before every call; torch's own objects are none
     meter, estimate = Meter(), AnalyticCost(profile_for("cpu"))
     rows = []
     with torch.no_grad():
-        for case in cases(1 if options.quick else 8):
+        for case in cases(1, half=True) if options.quick else cases(8):
             row = compare(case, meter, estimate)
             rows.append(row)
             if not options.quick:

@@ -10,47 +10,63 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from memplan.cost import Cost
 from memplan.cost.signature import Layout, Signature, results, signature
-from memplan.cost.workspace import workspace
+from memplan.cost.workspace import is_channels_last, workspace
 from memplan.devices import DeviceProfile
 
 aten = torch.ops.aten
 
-# Nanoseconds of arithmetic one element costs one CPU core beyond its traffic (torch 2.13, AVX-512 core, 10^7 elements).
-# A GPU hides this behind its memory.
+# Nanoseconds that arithmetic on one element costs one CPU core, beyond its traffic (benchmarks/op_costs.py, float32 and
+# bfloat16, AVX-512). A GPU hides this behind its memory.
 _CPU_ELEMENT_NS = {
-    aten.exp: 0.6,
-    aten.log: 0.8,
-    aten.pow: 1.0,
-    aten.sigmoid: 1.5,
-    aten.silu: 1.5,
-    aten.silu_backward: 1.5,
-    aten.erf: 2.5,
-    aten.gelu: 2.5,
-    aten.gelu_backward: 3.5,
-    aten.sin: 3.0,
-    aten.cos: 3.0,
-    aten.tanh: 4.5,
-    aten._softmax: 1.5,
-    aten._log_softmax: 1.5,
-    aten._log_softmax_backward_data: 1.5,
-    aten.rand: 9.0,
-    aten.rand_like: 9.0,
-    aten.randn: 9.0,
-    aten.randn_like: 9.0,
-    aten.bernoulli: 24.0,
-    aten.native_dropout: 28.0,
-    aten.cumsum: 1.5,
+    aten.exp: 0.5,
+    aten.log: 0.5,
+    aten.pow: 0.5,
+    aten.sigmoid: 0.7,
+    aten.silu: 0.7,
+    aten.silu_backward: 1.0,
+    aten.gelu: 0.5,
+    aten.gelu_backward: 1.5,
+    aten.erf: 1.0,
+    aten.tanh: 1.8,
+    aten.sin: 1.5,
+    aten.cos: 1.5,
+    aten._softmax: 0.8,
+    aten._safe_softmax: 2.0,
+    aten._log_softmax: 1.2,
+    aten._log_softmax_backward_data: 0.8,
+    aten.logsumexp: 1.5,
+    aten.var_mean: 6.0,
+    aten.var: 6.0,
+    aten.cumsum: 1.2,
+    aten.max_pool2d_with_indices: 4.0,
+    aten.avg_pool2d: 1.0,
+    aten.upsample_nearest2d: 2.0,
+    aten.upsample_bilinear2d: 2.0,
+    aten.upsample_bilinear2d_backward: 2.0,
+    aten.rand: 5.0,
+    aten.rand_like: 5.0,
+    aten.randn: 5.0,
+    aten.randn_like: 5.0,
+    aten.bernoulli: 12.0,
+    aten.native_dropout: 13.0,
+    aten.topk: 4.0,
     aten.sort: 60.0,
-    aten.topk: 10.0,
 }
+_IMAGE_OPS = {aten.max_pool2d_with_indices, aten.avg_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d}
+# Convolutions in groups run far below a CPU's rate: position of the groups among the arguments, and how far below.
+_CPU_GROUPED = {aten.convolution: (8, 2.0), aten.convolution_backward: (9, 20.0)}
+# A CPU kernel that walks an operand against its order pays this for an element; a copy is written for the case.
+_CPU_CROSSED_NS, _CPU_CROSSED_COPY_NS = 4.0, 0.9
+_COPIES = {aten.clone, aten.copy, aten.copy_, aten._to_copy}
+# glibc maps blocks from 32 MiB on anew each time (DEFAULT_MMAP_THRESHOLD_MAX), and the first touch of each of their
+# pages enters the kernel: 2 us a page of 4 KiB where this was measured, most of a large pointwise op's time.
+_CPU_MAPPED_FROM, _CPU_FAULT_S_PER_BYTE = 32 * 1024**2, 2e-6 / 4096
 # Ops that touch only the rows they are asked for, not the whole of their first operand.
-_LOOKUPS = {aten.embedding, aten.index, aten._unsafe_index, aten.gather, aten.index_select}
-# A CPU walks a transposed operand about this much slower than a dense one (copies of 40 MB matrices).
-_CPU_STRIDED = 3.0
+_LOOKUPS = {aten.embedding, aten.index, aten._unsafe_index, aten.gather, aten.index_select, aten.nll_loss_forward}
 
 
 class AnalyticCost:
@@ -72,17 +88,16 @@ class AnalyticCost:
 
     def estimate(self, described: Signature, made: list[Layout]) -> Cost:
         """The same from a signature and the layouts of its results."""
-        target, operands = described.target, described.operands()
-        packet = target.overloadpacket
+        packet, operands = described.target.overloadpacket, described.operands()
+        held = workspace(described, made, self.profile.kind, self.cores)
         compute = flops(described, made) / (self._rate(operands or made) * self.cores)
         moved = traffic(packet, operands, made) / self.bandwidth
+        if self.profile.kind == "cpu" and packet in _CPU_GROUPED and described.args[_CPU_GROUPED[packet][0]] > 1:
+            compute *= _CPU_GROUPED[packet][1]
+        seconds = max(compute, moved)
         if self.profile.kind == "cpu":
-            elements = max((layout.numel for layout in (*made, *operands[:1])), default=0)
-            compute += elements * _CPU_ELEMENT_NS.get(packet, 0.0) * 1e-9 / self.cores
-            if any(_is_permuted(layout) for layout in operands) and compute == 0:
-                moved *= _CPU_STRIDED
-        held = workspace(described, made, self.profile.kind, self.cores)
-        return Cost(self.profile.launch + max(compute, moved) * 1e6, _round_up(held, self.profile.granularity))
+            seconds += _cpu_extra(packet, operands, made, held) / self.cores
+        return Cost(self.profile.launch + seconds * 1e6, _round_up(held, self.profile.granularity))
 
     def _rate(self, operands: list[Layout]) -> float:
         rates = self.profile.flops
@@ -103,14 +118,14 @@ def flops(described: Signature, made: list[Layout]) -> float:
         return sdpa_backward_flop_count(*shapes[:4])
     if packet in (aten.mv, aten.dot, aten.vdot, aten.addmv):
         return 2 * max(layout.numel for layout in described.operands())
+    if packet is aten.convolution_backward:  # each gradient asked for costs what the forward did
+        gradient, source, weight = shapes[:3]
+        return conv_flop_count(source, weight, gradient, transposed=described.args[7]) * sum(described.args[-1][:2])
     formula = flop_registry.get(packet)
     if formula is None:
         return 0
     out: Any = tuple(m.shape for m in made)
-    if packet is aten.convolution_backward:  # counts by position, and a result that nobody wants is missing here
-        wanted = iter(out)
-        out = tuple(next(wanted) if asked else None for asked in described.args[-1])
-    elif len(made) == 1:
+    if len(made) == 1:
         out = made[0].shape
     return formula(*shapes, **{k: _shapes(v) for k, v in described.kwargs}, out_val=out)
 
@@ -137,10 +152,24 @@ def _shapes(described: Any) -> Any:
     return described
 
 
-def _is_permuted(layout: Layout) -> bool:
-    """Whether the last of two or more dimensions is not the one that lies together."""
-    sizes = [(size, step) for size, step in zip(layout.shape, layout.stride, strict=False) if size > 1]
-    return len(sizes) > 1 and sizes[-1][1] > 1 and layout.numel == layout.extent
+def _cpu_extra(packet: Any, operands: list[Layout], made: list[Layout], held: int) -> float:
+    """Seconds one CPU core spends beyond FLOPs and traffic: arithmetic, crossed operands, fresh pages."""
+    elements = max((layout.numel for layout in (*made, *operands[:1])), default=0)
+    channels_last = packet in _IMAGE_OPS and is_channels_last(operands[0])  # whose kernels are vectorized
+    nanoseconds = 0.0 if channels_last else elements * _CPU_ELEMENT_NS.get(packet, 0.0)
+    if packet not in flop_registry and any(
+        o.shape == m.shape and _order(o) != _order(m) for o in operands for m in made[:1]
+    ):
+        nanoseconds += elements * (_CPU_CROSSED_COPY_NS if packet in _COPIES else _CPU_CROSSED_NS)
+    fresh = sum(size for size in (held, *(layout.nbytes for layout in made)) if size >= _CPU_MAPPED_FROM)
+    return nanoseconds * 1e-9 + fresh * _CPU_FAULT_S_PER_BYTE
+
+
+def _order(layout: Layout) -> tuple[int, ...]:
+    """Dimensions from the outermost in memory to the innermost; empty where none is crossed by any order."""
+    real = [k for k, size in enumerate(layout.shape) if size > 1 and layout.stride[k]]
+    order = sorted(real, key=lambda k: -layout.stride[k])
+    return tuple(order) if len(order) > 1 else ()
 
 
 def _round_up(size: int, granularity: int) -> int:

@@ -28,6 +28,7 @@ from memplan.devices import profile_for
 from memplan.torch_compat import allocation_events
 
 log = logging.getLogger("memplan")
+aten = torch.ops.aten
 
 # Three repetitions tell an outlier from the median; small ops repeat up to 30 ms for a steadier one, large ones twice.
 _MAX_REPETITIONS, _BUDGET_S = 15, 0.03
@@ -102,8 +103,9 @@ def measure(described: Signature, granularity: int) -> Cost:
     touched = {layout.device for layout in described.operands()}
     gpus = [torch.cuda.current_device()] if "cuda" in touched else []
     with torch.no_grad(), torch.random.fork_rng(devices=gpus):
-        args = _materialize(described.args)
-        kwargs = {name: _materialize(value) for name, value in described.kwargs}
+        bound = index_bound(described)
+        args = _materialize(described.args, bound)
+        kwargs = {name: _materialize(value, bound) for name, value in described.kwargs}
         own = {t.untyped_storage().data_ptr() for t in _tensors((args, tuple(kwargs.values())))}
 
         def run() -> Any:
@@ -140,26 +142,54 @@ def _is_enough(times: list[float]) -> bool:
     return len(times) >= (2 if spent > 2 * _BUDGET_S else 3)
 
 
-def _materialize(described: Any) -> Any:
+def index_bound(described: Signature) -> int:
+    """What every integer operand must stay below: the rows an op may look up, 1 for ops that look nothing up."""
+    packet, args = described.target.overloadpacket, described.args
+    if packet is aten.embedding:
+        return args[0].shape[0]
+    if packet is aten.embedding_dense_backward:
+        return args[2]
+    if packet is aten.nll_loss_forward or packet is aten.nll_loss_backward:
+        return args[0 if packet is aten.nll_loss_forward else 1].shape[-1]
+    if packet in (aten.index, aten._unsafe_index, aten.index_put, aten._unsafe_index_put):
+        indexed = [size for size, index in zip(args[0].shape, args[1], strict=False) if index is not None]
+        return min(indexed, default=1)
+    if packet in (aten.gather, aten.index_select, aten.scatter, aten.scatter_add, aten.index_add) and args[0].shape:
+        return args[0].shape[args[1]]
+    return 1
+
+
+def _materialize(described: Any, bound: int) -> Any:
     """An argument again: a tensor for every Layout, a list for every tuple."""
     if isinstance(described, Layout):
-        return synthetic(described)
+        return synthetic(described, bound)
     if type(described) is tuple:
-        return [_materialize(part) for part in described]
+        return [_materialize(part, bound) for part in described]
     return described
 
 
-def synthetic(layout: Layout) -> torch.Tensor:
-    """A tensor of a layout. Floats lie in (0, 1], where every function is defined; integers are 0, a valid index."""
+def synthetic(layout: Layout, bound: int = 1) -> torch.Tensor:
+    """A tensor of a layout: floats in (0, 1], where every function is defined, integers in [0, bound)."""
     extent = layout.extent
     storage = torch.zeros(extent, dtype=layout.dtype, device=layout.device)
-    if layout.dtype.is_floating_point or layout.dtype == torch.bool:
-        uniform = 1 - torch.rand(min(extent, _BLOCK), device=layout.device)
-        block = uniform > 0.5 if layout.dtype == torch.bool else uniform.to(layout.dtype)
+    block = _block(layout, min(extent, _BLOCK), bound)
+    if block is not None:
         whole = extent - extent % _BLOCK
-        storage[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, -1)) if whole else None
+        if whole:
+            storage[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, -1))
         storage[whole:].copy_(block[: extent - whole])
     return storage.as_strided(layout.shape, layout.stride)
+
+
+def _block(layout: Layout, size: int, bound: int) -> torch.Tensor | None:
+    """Random elements of a dtype; None where zeros are all there is to say."""
+    if layout.dtype.is_floating_point:
+        return (1 - torch.rand(size, device=layout.device)).to(layout.dtype)
+    if layout.dtype == torch.bool:
+        return torch.rand(size, device=layout.device) > 0.5
+    if layout.dtype in (torch.int64, torch.int32) and bound > 1:
+        return torch.randint(bound, (size,), dtype=layout.dtype, device=layout.device)
+    return None
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

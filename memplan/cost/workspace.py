@@ -71,6 +71,8 @@ def workspace(described: Signature, made: list[Layout], kind: str, threads: int)
     if described.target.overloadpacket in _CONVOLUTIONS and is_plain_product(described, threads):
         return held
     rule = _CPU_RULES.get(described.target.overloadpacket)
+    if rule is None and torch.Tag.pointwise in described.target.tags:
+        rule = _promoted
     return held + (rule(described, made) if rule else 0)
 
 
@@ -111,6 +113,18 @@ def _first_result(described: Signature, made: list[Layout]) -> int:
     return made[0].nbytes
 
 
+def _promoted(described: Signature, made: list[Layout]) -> int:
+    """The CPU's TensorIterator widens, as a whole, every operand narrower than the widest."""
+    floats = [layout for layout in described.operands() if layout.dtype.is_floating_point and layout.shape]
+    widest = max((layout.dtype.itemsize for layout in floats), default=0)
+    return sum(layout.numel * widest for layout in floats if layout.dtype.itemsize < widest)
+
+
+def _widened(described: Signature, made: list[Layout]) -> int:
+    source = described.operands()[0]
+    return 4 * source.numel if source.dtype.itemsize == 2 else 0
+
+
 def _contiguous_resize(described: Signature, made: list[Layout]) -> int:
     """The CPU kernels turn contiguous images into channels-last ones and back."""
     source = described.operands()[0]
@@ -138,6 +152,7 @@ _CPU_RULES: dict[Any, _Rule] = {
     aten.native_dropout: _first_result,
     aten.logsumexp: _first_operand,
     aten.mse_loss: _first_operand,
+    aten.mean: _widened,
     aten.upsample_nearest2d: _contiguous_resize,
     aten.upsample_bilinear2d: _contiguous_resize,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_copy,
