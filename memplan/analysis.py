@@ -7,10 +7,11 @@ saved analysis cannot disagree with itself.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,7 +89,7 @@ class FrontierPoint:
     peak: int
     time: float
     bound: float  # no plan under this budget is faster
-    status: str
+    status: str = "feasible"
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,15 @@ class Analysis:
         frontier: tuple[FrontierPoint, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> Analysis:
-        """The analysis of a Program, stamped with the versions of this environment."""
-        return cls(program, plan, unplanned, name, target, environment(), frontier, notes)
+        """The analysis of a Program, stamped with the versions of this environment.
+
+        Source files in or below the working directory are named relative to it, so that analyses made in two checkouts
+        compare, and reports can link to the repository.
+        """
+        here = f"{Path.cwd()}{os.sep}"
+        planned = _with_relative_sources(program, here)
+        before = _with_relative_sources(unplanned, here) if unplanned else None
+        return cls(planned, plan, before, name, target, environment(), frontier, notes)
 
     # What is held
 
@@ -256,6 +264,13 @@ class Analysis:
         from memplan.report.html import notebook_html
 
         return notebook_html(self)
+
+
+def _with_relative_sources(program: Program, here: str) -> Program:
+    storages = tuple(
+        replace(s, source=s.source.removeprefix(here)) if s.source.startswith(here) else s for s in program.storages
+    )
+    return replace(program, storages=storages)
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from memplan import __version__
-from memplan.cli import gate, info, inspection, solve
+from memplan.cli import demo, gate, info, inspection, solve
 from memplan.errors import MemplanError
 
 _UsageError: type[Exception] = typer.BadParameter.mro()[1]  # typer has no public name for its usage errors' base
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich panels cost 0.2 s of start-up
 )
-for module in (inspection, gate, solve, info):
+for module in (inspection, gate, solve, info, demo):
     module.register(app)
 
 
