@@ -47,8 +47,6 @@ def frontier(data: dict[str, Any], path: Path) -> None:
         label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.supxlabel("peak / eager's peak", fontsize=9)
-    figure.supylabel("step time / eager's", fontsize=9)
     figure.set_layout_engine("constrained")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -57,9 +55,11 @@ def frontier(data: dict[str, Any], path: Path) -> None:
 def _panel(panel: Axes, model: str, measured: list[Point]) -> None:
     eager = next((point.peak for point in measured if point.name == "eager"), max(point.peak for point in measured))
     for family, (colour, mark) in _STYLES.items():
-        line = sorted((point.peak / eager, point.time) for point in measured if point.family == family)
+        line = [(point.peak / eager, point.time) for point in measured if point.family == family]
+        ours = family == "memplan"
+        if ours:
+            line.sort()  # measured in no order; the rivals' points follow their budget, so a curve may turn back
         if line:
-            ours = family == "memplan"
             panel.plot(
                 [x for x, _ in line],
                 [y for _, y in line],
@@ -77,6 +77,8 @@ def _panel(panel: Axes, model: str, measured: list[Point]) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     panel.set_title(model, fontsize=9)
+    panel.set_xlabel("peak / eager's peak", fontsize=7)
+    panel.set_ylabel("step time / eager's", fontsize=7)
     panel.grid(alpha=0.3)
     panel.tick_params(labelsize=7)
 

@@ -110,13 +110,14 @@ def _checkpoint_together(blocks: Sequence[nn.Module], options: dict[str, Any]) -
     """The first block's forward becomes a checkpoint around all of them; the others hand their input through."""
     forwards = [block.forward for block in blocks]
 
-    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for forward in forwards[:-1]:
-            hidden = forward(hidden, *args, **kwargs)
-        return forwards[-1](hidden, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = forwards[0](*args, **kwargs)
+        for forward in forwards[1:]:
+            result = forward(result, *args[1:], **kwargs)
+        return result
 
-    def checkpointed(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(run, hidden, *args, **options, **kwargs)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, *args, **options, **kwargs)
 
     def hand_through(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden

@@ -154,6 +154,17 @@ def gnn(size: Size, dropout: bool) -> Workload:
     return Workload(model, inputs, (tuple(model.blocks),))
 
 
+class Deep(nn.Module):
+    """Residual layer of the top MLP."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
+
+
 class DLRM(nn.Module):
     """Click prediction: dense features through an MLP, embedding tables, all pairwise products, a deep top MLP."""
 
@@ -163,10 +174,7 @@ class DLRM(nn.Module):
         self.bottom = nn.Sequential(nn.Linear(13, 256), nn.ReLU(), nn.Linear(256, width), nn.ReLU())
         pairs = (tables + 1) * tables // 2
         self.widen = nn.Linear(width + pairs, deep)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(deep), nn.Linear(deep, deep), nn.ReLU(), nn.Dropout(dropout))
-            for _ in range(depth)
-        )
+        self.blocks = nn.Sequential(*(Deep(deep, dropout) for _ in range(depth)))
         self.head = nn.Linear(deep, 1)
 
     def forward(self, dense: Tensor, sparse: Tensor, labels: Tensor) -> Tensor:
@@ -174,9 +182,7 @@ class DLRM(nn.Module):
         rows = torch.stack([first, *(table(ids) for table, ids in zip(self.tables, sparse, strict=True))], dim=1)
         products = rows @ rows.transpose(1, 2)
         i, j = torch.tril_indices(rows.shape[1], rows.shape[1], -1, device=rows.device)
-        x = self.widen(torch.cat([first, products[:, i, j]], dim=1))
-        for block in self.blocks:
-            x = x + block(x)
+        x = self.blocks(self.widen(torch.cat([first, products[:, i, j]], dim=1)))
         return F.binary_cross_entropy_with_logits(self.head(x).squeeze(1), labels)
 
 

@@ -61,8 +61,8 @@ def convnext(size: Size, dropout: bool) -> Workload:
         problem_type="single_label_classification",
     )
     model = hf.ConvNextForImageClassification(config)
-    blocks = [block for stage in model.convnext.encoder.stages for block in stage.layers]
-    return hugging_face(model, _images(batch, side), blocks)
+    # A chain ends with its stage: the image is made smaller between stages.
+    return hugging_face(model, _images(batch, side), *(stage.layers for stage in model.convnext.encoder.stages))
 
 
 def efficientnet(size: Size, dropout: bool) -> Workload:
