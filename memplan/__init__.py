@@ -10,10 +10,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Problem": "memplan.problem",
-    "Plan": "memplan.plan",
+    "Plan": "memplan.plans",
     "Program": "memplan.program",
-    "simulate": "memplan.simulate",
-    "validate": "memplan.validate",
     "plan": "memplan.api",
     "analyze": "memplan.api",
     "recent_plans": "memplan.backend",
@@ -31,8 +29,6 @@ __all__ = [
     "analyze",
     "plan",
     "recent_plans",
-    "simulate",
-    "validate",
 ]
 
 

@@ -19,7 +19,7 @@ from platform import machine, python_version, system
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import InputError, LiveBuffer
-from memplan.plan import Plan
+from memplan.plans import Plan
 from memplan.problem import SCHEMA_VERSION, Category, Phase, read_schema
 from memplan.program import Program, Step, StepKind, Storage
 from memplan.simulate import Timeline, simulate
@@ -119,12 +119,11 @@ class Analysis:
     ) -> Analysis:
         """The analysis of a Program, stamped with the versions of this environment.
 
-        Source files in or below the working directory are named relative to it, so that analyses made in two checkouts
-        compare, and reports can link to the repository.
+        Source files are named relative to the working directory or to the site-packages they lie in, so that analyses
+        made in two checkouts compare, and reports can link to the repository.
         """
-        here = f"{Path.cwd()}{os.sep}"
-        planned = _with_relative_sources(program, here)
-        before = _with_relative_sources(unplanned, here) if unplanned else None
+        planned = _with_relative_sources(program)
+        before = _with_relative_sources(unplanned) if unplanned else None
         return cls(planned, plan, before, name, target, environment(), frontier, notes)
 
     # What is held
@@ -266,11 +265,14 @@ class Analysis:
         return notebook_html(self)
 
 
-def _with_relative_sources(program: Program, here: str) -> Program:
-    storages = tuple(
-        replace(s, source=s.source.removeprefix(here)) if s.source.startswith(here) else s for s in program.storages
-    )
-    return replace(program, storages=storages)
+def _with_relative_sources(program: Program) -> Program:
+    here = f"{Path.cwd()}{os.sep}"
+
+    def relative(source: str) -> str:
+        _, installed, within = source.rpartition(f"{os.sep}site-packages{os.sep}")
+        return within if installed else source.removeprefix(here)
+
+    return replace(program, storages=tuple(replace(s, source=relative(s.source)) for s in program.storages))
 
 
 def environment() -> dict[str, str]:

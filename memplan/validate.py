@@ -6,7 +6,7 @@ Written from the rules in memplan/problem.py, one copy at a time, in the most li
 from __future__ import annotations
 
 from memplan.errors import PlanError
-from memplan.plan import Plan
+from memplan.plans import Plan
 from memplan.problem import Phase, Problem
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.analysis import Analysis, FrontierPoint
-from memplan.plan import Plan
+from memplan.plans import Plan
 from memplan.problem import Buffer, Category, Op, Phase, Problem
 from memplan.program import Program, Step, StepKind, Storage
 from memplan.validate import check_sequence

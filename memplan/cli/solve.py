@@ -16,7 +16,7 @@ from memplan.cli.common import Force, Output, check_output, emit, tell
 if TYPE_CHECKING:
     from memplan.graph_files import GraphFile
     from memplan.outcome import Limits, Status
-    from memplan.plan import Plan
+    from memplan.plans import Plan
     from memplan.solvers.placement import Placement, PlacementProblem
 
 solve = typer.Typer(help="Run a solver on an instance file.", no_args_is_help=True)

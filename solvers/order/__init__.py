@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memplan.outcome import Limits, Status
-from memplan.plan import Plan
+from memplan.plans import Plan
 from memplan.problem import Problem
 from memplan.solvers.order.bound import forced_live
 from memplan.solvers.order.model import build_model

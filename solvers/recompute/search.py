@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memplan.outcome import Limits, Status
-from memplan.plan import Plan
+from memplan.plans import Plan
 from memplan.problem import Problem
 from memplan.solvers.recompute.anneal import anneal, new_best, new_work
 from memplan.solvers.recompute.arrays import Graph, pack
