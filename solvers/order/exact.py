@@ -5,15 +5,27 @@ it small. A ready run that fits the limit and does not raise the load is done at
 load by no more, so doing it now lowers every load in between. And once a *gate* is done, a run comparable with all
 others, what came before it is settled: every order passes through that set.
 (Sets of done runs as states: Serenity, Ahn et al. 2020, section 3.1; the first rule extends Liu's for trees.)
+
+Compiled by numba; the same source runs as plain Python and gives the same answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from memplan.solvers.order.sweep import Sweep
+import numpy as np
+from numba import njit
+
+from memplan.solvers.order.model import Ints, ints, ragged
+from memplan.solvers.order.sweep import Sweep, gates
+
+BITS = 62  # runs in a word of a set; a word stays a positive 64-bit integer
+ROOM = 8_000_000  # words that the sets seen may take (64 MB)
+LEAST_WORK = 8  # runs looked at for each set that there is room for; most sets take more
+LOAD, READY, DONE, HASH, GATES, WORK, REFUSED = range(7)  # the entries of ``State.numbers``
+FOUND, NONE, UNKNOWN = range(3)  # how a search ends
 
 
 @dataclass(frozen=True)
@@ -22,125 +34,266 @@ class Answer:
 
     order: list[int] | None
     bound: int
-    states: int  # sets of runs looked at
+    work: int  # runs looked at
 
 
-class _State(NamedTuple):
-    done: int  # a bit per run
-    load: int  # bytes held after them
-    ready: tuple[int, ...]
-    path: tuple | None  # the runs in order, as a linked list: (last run, path before it)
+class Lists(NamedTuple):
+    """A sweep as arrays; ragged lists as (start, flat)."""
+
+    preds: Ints  # per run, how many
+    succ_start: Ints
+    succs: Ints
+    open_start: Ints
+    opens: Ints
+    close_start: Ints
+    closes: Ints
+    closers: Ints  # per buffer, how many
+    size: Ints
+    extra: Ints
+    key: Ints  # per run, a random word; a set hashes to the exclusive or of its runs'
+    gate: Ints  # per run, 1 if it is one
+
+
+class State(NamedTuple):
+    """Where the search stands; ``_do`` and ``_undo`` keep all of it up to date."""
+
+    waiting: Ints  # per run, predecessors not done
+    opened: Ints  # per buffer, openers done
+    left: Ints  # per buffer, closers not done
+    ready: Ints  # the first READY entries
+    place: Ints  # per run, where it stands or stood in ``ready``
+    done: Ints  # the set as bits
+    trail: Ints  # the first DONE entries: the runs done, in order
+    numbers: Ints
 
 
 class ExactSearch:
-    """One sweep with its lists as bit sets, to be asked for several limits."""
+    """One sweep, to be asked for several limits."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.preds = [_bits(p) for p in sweep.preds]
-        self.openers = [_bits(o) for o in sweep.openers]
-        self.closers = [_bits(c) for c in sweep.closers]
-        self.gates = _gates(sweep)
-        self._limit = 0
-        self._refused = 0  # the least load over the limit that was turned down
+        self.words = sweep.n // BITS + 1
+        draw, gate = random.Random(0), gates(sweep)
+        succ_start, succs = ragged(sweep.succs)
+        open_start, opens = ragged(sweep.opens)
+        close_start, closes = ragged(sweep.closes)
+        self.lists = Lists(
+            preds=ints(len(p) for p in sweep.preds),
+            succ_start=succ_start,
+            succs=succs,
+            open_start=open_start,
+            opens=opens,
+            close_start=close_start,
+            closes=closes,
+            closers=ints(len(c) for c in sweep.closers),
+            size=ints(sweep.size),
+            extra=ints(sweep.extra),
+            key=ints(draw.getrandbits(BITS) for _ in range(sweep.n)),
+            gate=ints(gate >> v & 1 for v in range(sweep.n)),
+        )
 
-    def within(self, limit: int, states: int) -> Answer:
-        """Look for an order with every load at most ``limit``, through at most ``states`` sets.
+    def within(self, limit: int, work: int) -> Answer:
+        """Look for an order with every load at most ``limit``; give up after looking at ``work`` runs.
 
         A complete search that finds none would find none either at any limit below the least load that it refused.
         """
-        s = self.sweep
-        self._limit, self._refused = limit, s.base + sum(s.size) + sum(s.extra)
-        every = (1 << s.n) - 1
-        gates = self.gates
-        seen: set[int] = set()
-        start = _State(0, s.base, tuple(v for v in range(s.n) if not s.preds[v]), None)
-        stack = [self._settle(start)]
-        while stack:
-            state = stack.pop()
-            if state.done == every:
-                return Answer(s.order(_runs(state.path)), 0, len(seen))
-            passed = state.done & gates
-            if passed:
-                gates &= ~passed
-                stack = [other for other in stack if other.done & passed == passed]
-            children = []
-            for v in state.ready:
-                if self._fits(state, v):
-                    child = self._settle(self._run(state, v))
-                    if child.done not in seen:
-                        seen.add(child.done)
-                        children.append(child)
-            if len(seen) > states:
-                return Answer(None, 0, len(seen))
-            children.sort(key=lambda child: -child.load)
-            stack += children
-        return Answer(None, self._refused, len(seen))
+        sets = max(1, min(work // LEAST_WORK, ROOM // self.words))
+        state = self._start()
+        ended = _search(self.lists, state, limit, work, np.zeros((sets, self.words), np.int64))
+        spent, refused = int(state.numbers[WORK]), int(state.numbers[REFUSED])
+        if ended == FOUND:
+            return Answer(self.sweep.order(state.trail.tolist()), 0, spent)
+        return Answer(None, refused if ended == NONE else 0, spent)
 
-    def _fits(self, state: _State, v: int) -> bool:
-        load = state.load + self._opening(state, v) + self.sweep.extra[v]
-        if load <= self._limit:
-            return True
-        self._refused = min(self._refused, load)
-        return False
-
-    def _opening(self, state: _State, v: int) -> int:
-        return sum(self.sweep.size[b] for b in self.sweep.opens[v] if not self.openers[b] & state.done)
-
-    def _closing(self, state: _State, v: int) -> int:
-        rest = ~(state.done | 1 << v)
-        return sum(self.sweep.size[b] for b in self.sweep.closes[v] if not self.closers[b] & rest)
-
-    def _run(self, state: _State, v: int) -> _State:
-        done = state.done | 1 << v
-        load = state.load + self._opening(state, v) - self._closing(state, v)
-        fresh = tuple(u for u in self.sweep.succs[v] if not self.preds[u] & ~done)
-        return _State(done, load, tuple(u for u in state.ready if u != v) + fresh, (v, state.path))
-
-    def _settle(self, state: _State) -> _State:
-        """Run whatever fits and does not raise the load."""
-        todo = list(state.ready)
-        while todo:
-            v = todo.pop()
-            if self._opening(state, v) <= self._closing(state, v) and self._fits(state, v):
-                state = self._run(state, v)
-                todo = list(state.ready)
-        return state
+    def _start(self) -> State:
+        s, n = self.sweep, self.sweep.n
+        ready = [v for v in range(n) if not s.preds[v]]
+        numbers = np.zeros(7, np.int64)
+        numbers[LOAD], numbers[READY] = s.base, len(ready)
+        numbers[REFUSED] = s.base + sum(s.size) + sum(s.extra)
+        place = np.zeros(n, np.int64)
+        place[ready] = np.arange(len(ready))
+        return State(
+            self.lists.preds.copy(),
+            ints(0 if openers else 1 for openers in s.openers),
+            self.lists.closers.copy(),
+            ints(ready + [0] * (n - len(ready))),
+            place,
+            np.zeros(self.words, np.int64),
+            np.zeros(n, np.int64),
+            numbers,
+        )
 
 
-def _bits(items: Iterable[int]) -> int:
-    return sum(1 << item for item in set(items))
+@njit(cache=True)
+def _do(s: Lists, c: State, v: int):
+    """Do a ready run."""
+    number = c.numbers
+    number[READY] -= 1
+    moved = c.ready[number[READY]]
+    c.ready[c.place[v]] = moved
+    c.place[moved] = c.place[v]
+    for k in range(s.open_start[v], s.open_start[v + 1]):
+        b = s.opens[k]
+        if c.opened[b] == 0:
+            number[LOAD] += s.size[b]
+        c.opened[b] += 1
+    for k in range(s.close_start[v], s.close_start[v + 1]):
+        b = s.closes[k]
+        c.left[b] -= 1
+        if c.left[b] == 0:
+            number[LOAD] -= s.size[b]
+    for k in range(s.succ_start[v], s.succ_start[v + 1]):
+        u = s.succs[k]
+        c.waiting[u] -= 1
+        if c.waiting[u] == 0:
+            c.ready[number[READY]] = u
+            c.place[u] = number[READY]
+            number[READY] += 1
+    c.trail[number[DONE]] = v
+    number[DONE] += 1
+    c.done[v // BITS] ^= 1 << (v % BITS)
+    number[HASH] ^= s.key[v]
+    number[GATES] += s.gate[v]
 
 
-def _runs(path: tuple | None) -> list[int]:
-    runs = []
-    while path is not None:
-        v, path = path
-        runs.append(v)
-    return runs[::-1]
+@njit(cache=True)
+def _undo(s: Lists, c: State):
+    """Undo the last run, exactly."""
+    number = c.numbers
+    number[DONE] -= 1
+    v = c.trail[number[DONE]]
+    c.done[v // BITS] ^= 1 << (v % BITS)
+    number[HASH] ^= s.key[v]
+    number[GATES] -= s.gate[v]
+    for k in range(s.succ_start[v + 1] - 1, s.succ_start[v] - 1, -1):
+        u = s.succs[k]
+        if c.waiting[u] == 0:
+            number[READY] -= 1
+        c.waiting[u] += 1
+    for k in range(s.close_start[v], s.close_start[v + 1]):
+        b = s.closes[k]
+        if c.left[b] == 0:
+            number[LOAD] += s.size[b]
+        c.left[b] += 1
+    for k in range(s.open_start[v], s.open_start[v + 1]):
+        b = s.opens[k]
+        c.opened[b] -= 1
+        if c.opened[b] == 0:
+            number[LOAD] -= s.size[b]
+    moved = c.ready[c.place[v]]
+    c.place[moved] = number[READY]
+    c.ready[number[READY]] = moved
+    c.ready[c.place[v]] = v
+    number[READY] += 1
 
 
-def _gates(sweep: Sweep) -> int:
-    """The runs that come before or after every other one in all orders, as bits."""
-    n = sweep.n
-    related = [0] * n
-    for lists, numbers in ((sweep.preds, sweep.succs), (sweep.succs, sweep.preds)):
-        reached = [0] * n
-        for v in _topological(lists, numbers):
-            reached[v] = 1 << v
-            for u in lists[v]:
-                reached[v] |= reached[u]
-            related[v] |= reached[v]
-    every = (1 << n) - 1
-    return _bits(v for v in range(n) if related[v] == every)
+@njit(cache=True)
+def _opening(s: Lists, c: State, v: int):
+    """Bytes that a ready run would add while it runs, ``extra`` apart."""
+    c.numbers[WORK] += 1
+    total = 0
+    for k in range(s.open_start[v], s.open_start[v + 1]):
+        if c.opened[s.opens[k]] == 0:
+            total += s.size[s.opens[k]]
+    return total
 
 
-def _topological(preds: tuple[tuple[int, ...], ...], succs: tuple[tuple[int, ...], ...]) -> list[int]:
-    waiting = [len(p) for p in preds]
-    order = [v for v, w in enumerate(waiting) if w == 0]
-    for v in order:
-        for u in succs[v]:
-            waiting[u] -= 1
-            if waiting[u] == 0:
-                order.append(u)
-    return order
+@njit(cache=True)
+def _fits(s: Lists, c: State, v: int, opening: int, limit: int):
+    """Whether a ready run stays within the limit; the least load that did not is remembered."""
+    load = c.numbers[LOAD] + opening + s.extra[v]
+    if load > limit:
+        c.numbers[REFUSED] = min(c.numbers[REFUSED], load)
+    return load <= limit
+
+
+@njit(cache=True)
+def _settle(s: Lists, c: State, limit: int):
+    """Do whatever fits and does not raise the load."""
+    at = 0
+    while at < c.numbers[READY]:
+        v = c.ready[at]
+        at += 1
+        opening = _opening(s, c, v)
+        closing = 0
+        for k in range(s.close_start[v], s.close_start[v + 1]):
+            if c.left[s.closes[k]] == 1:
+                closing += s.size[s.closes[k]]
+        if opening <= closing and _fits(s, c, v, opening, limit):
+            _do(s, c, v)
+            at = 0
+
+
+@njit(cache=True)
+def _is_new(c: State, seen: Ints, count: int, table: Ints):
+    """Whether the current set is not among the ``count`` sets seen; if so it is stored there."""
+    at = c.numbers[HASH] % len(table)
+    while table[at] >= 0:
+        k = 0
+        while k < len(c.done) and seen[table[at], k] == c.done[k]:
+            k += 1
+        if k == len(c.done):
+            return False
+        at = (at + 1) % len(table)
+    table[at] = count
+    for k in range(len(c.done)):
+        seen[count, k] = c.done[k]
+    return True
+
+
+@njit(cache=True)
+def _search(s: Lists, c: State, limit: int, work: int, seen: Ints):
+    """Depth first from the state ``c``. Ends with FOUND and the order in ``c.trail``, with NONE, or with UNKNOWN."""
+    n = len(s.preds)
+    table = np.full(2 * len(seen) + 1, -1, np.int64)
+    # Of each entry of the stack: the run to do, the load after settling, and what had been done before it.
+    run = np.empty(n, np.int64)
+    after = np.empty(n, np.int64)
+    parent = np.empty(n, np.int64)
+    height = 0
+    count = 0
+    passed = 0
+    _settle(s, c, limit)
+    while True:
+        if c.numbers[DONE] == n:
+            return FOUND
+        if c.numbers[GATES] > passed:  # all that stands on the stack lacks this gate
+            passed = c.numbers[GATES]
+            height = 0
+        base = height
+        here = c.numbers[DONE]
+        for at in range(c.numbers[READY]):
+            v = c.ready[at]
+            if not _fits(s, c, v, _opening(s, c, v), limit):
+                continue
+            _do(s, c, v)
+            _settle(s, c, limit)
+            if count == len(seen) or c.numbers[WORK] > work:
+                return UNKNOWN
+            if _is_new(c, seen, count, table):
+                count += 1
+                if height == len(run):
+                    run, after, parent = _grown(run), _grown(after), _grown(parent)
+                k = height  # sorted by load, the lowest on top
+                while k > base and after[k - 1] < c.numbers[LOAD]:
+                    run[k], after[k], parent[k] = run[k - 1], after[k - 1], parent[k - 1]
+                    k -= 1
+                run[k], after[k], parent[k] = v, c.numbers[LOAD], here
+                height += 1
+            while c.numbers[DONE] > here:
+                _undo(s, c)
+        if height == 0:
+            return NONE
+        height -= 1
+        while c.numbers[DONE] > parent[height]:
+            _undo(s, c)
+        _do(s, c, run[height])
+        _settle(s, c, limit)
+
+
+@njit(cache=True)
+def _grown(values: Ints):
+    more = np.empty(2 * len(values) + 1, np.int64)
+    more[: len(values)] = values
+    return more

@@ -75,8 +75,8 @@ class OrderModel:
     @cached_property
     def arrays(self) -> Arrays:
         return Arrays(
-            _ints(self.size), _ints(self.made), _ints(self.extra), *_ragged(self.reads), *_ragged(self.preds),
-            *_ragged(self.succs),
+            ints(self.size), ints(self.made), ints(self.extra), *ragged(self.reads), *ragged(self.preds),
+            *ragged(self.succs),
         )  # fmt: skip
 
     def sequence(self, order: Iterable[int]) -> tuple[int, ...]:
@@ -203,11 +203,12 @@ def _inverse(lists: Sequence[Sequence[int]], n: int) -> tuple[tuple[int, ...], .
     return tuple(tuple(f) for f in found)
 
 
-def _ints(values: Iterable[int]) -> Ints:
+def ints(values: Iterable[int]) -> Ints:
     return np.array(tuple(values), dtype=np.int64)
 
 
-def _ragged(lists: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+def ragged(lists: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    """(start, flat): item i of the lists is ``flat[start[i]:start[i + 1]]``."""
     start = np.zeros(len(lists) + 1, dtype=np.int64)
     np.cumsum([len(items) for items in lists], out=start[1:])
-    return start, _ints(item for items in lists for item in items)
+    return start, ints(item for items in lists for item in items)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from memplan.outcome import Limits, relative_gap
 from memplan.solvers.order.bound import cut_bound, forced_live
-from memplan.solvers.order.exact import ExactSearch
 from memplan.solvers.order.model import OrderModel
 from memplan.solvers.order.sweep import KEYS, list_schedule, sweep
 from memplan.units import format_bytes
 
 # Effort at ``Limits.work`` 1, in units that do not depend on the machine.
 CUT_WORK = 2_000_000  # nodes of the graphs whose minimum cuts are taken
-BRIEF_WORK = 200_000  # sets of runs times runs that exact search may look at, in each direction: before annealing
-EXACT_WORK = 4_000_000  # and after it
+BRIEF_WORK = 1_000_000  # runs that exact search may look at, in each direction: before annealing
+EXACT_WORK = 30_000_000  # and after it
+WORK_PER_SECOND = 3_000_000  # a slow machine's; 5 to 20 million where this was written
 MOVES = 1_500_000  # of annealing
 TARGETS = (0.03, 0.01)  # how far below the best peak the rounds aim, in turn
 
@@ -77,20 +77,25 @@ class OrderSearch:
 
     def exact(self, work: float) -> None:
         """Close the interval between bound and peak by exact search, in either direction; they differ in effort."""
+        from memplan.solvers.order.exact import ExactSearch  # loads numba, which easy problems do without
+
         for backward in (False, True):
             search = ExactSearch(sweep(self.model, backward=backward))
-            states = int(work * self.limits.work) // (self.model.n + 1)
-            unsolved: list[int] = []  # limits that took too many sets
-            while states > 0 and not self.stopped and (limit := self._limit_to_try(unsolved)) is not None:
-                answer = search.within(limit, states)
-                states -= answer.states
+            left = int(work * self.limits.work)
+            unsolved: list[int] = []  # limits that took too much work
+            while left > 0 and not self.stopped and (limit := self._limit_to_try(unsolved)) is not None:
+                answer = search.within(limit, min(left >> len(unsolved), self._affordable()))
+                left -= answer.work
                 if answer.order is not None:
                     self.offer(answer.order, "exact search")
                 elif answer.bound:
                     self.raise_bound(answer.bound, "exact search")
                 else:
                     unsolved.append(limit)
-                    states = int(work * self.limits.work) // (self.model.n + 1) >> len(unsolved)
+
+    def _affordable(self) -> int:
+        """Work of exact search that fits the time left; it cannot be stopped on the way."""
+        return int(min(max(0.0, self.deadline - time.monotonic()), 3600.0) * WORK_PER_SECOND)
 
     def _limit_to_try(self, unsolved: list[int]) -> int | None:
         """The middle of the interval; where that is too hard, just below the peak, then what is left at its foot."""

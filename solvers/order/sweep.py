@@ -107,3 +107,29 @@ def list_schedule(s: Sweep, key: Key) -> list[int]:
                 since[u] = len(runs)
                 heapq.heappush(heap, (key(growth[u], since[u], u), growth[u], u))
     return s.order(runs)
+
+
+def gates(s: Sweep) -> int:
+    """The runs that come before or after every other one in all orders, as bits."""
+    order = _topological(s)
+    related = [0] * s.n
+    for lists, direction in ((s.preds, order), (s.succs, order[::-1])):
+        reached = [0] * s.n
+        for v in direction:
+            reached[v] = 1 << v
+            for u in lists[v]:
+                reached[v] |= reached[u]
+            related[v] |= reached[v]
+    every = (1 << s.n) - 1
+    return sum(1 << v for v in range(s.n) if related[v] == every)
+
+
+def _topological(s: Sweep) -> list[int]:
+    waiting = [len(p) for p in s.preds]
+    order = [v for v, w in enumerate(waiting) if w == 0]
+    for v in order:
+        for u in s.succs[v]:
+            waiting[u] -= 1
+            if waiting[u] == 0:
+                order.append(u)
+    return order

@@ -20,6 +20,7 @@ from memplan.problem import Buffer, Op, Phase, Problem
 from memplan.solvers.order import forced_live_bound, polish_order, solve_order
 from memplan.solvers.order.anneal import Annealer
 from memplan.solvers.order.bound import cut_at, forced_live
+from memplan.solvers.order.exact import ExactSearch
 from memplan.solvers.order.model import build_model
 from memplan.solvers.order.sweep import KEYS, list_schedule, sweep
 from memplan.validate import check_sequence, validate
@@ -136,19 +137,50 @@ def annealed(problem: Problem, rounds: int) -> list[int]:
     return order
 
 
-def test_annealing_gives_the_same_order_compiled_and_in_plain_python() -> None:
-    problem = random_problem(random.Random(5), 60)
-    here = Path(__file__).parent
-    script = "import random, test_order as t; print(t.annealed(t.random_problem(random.Random(5), 60), 3))"
+def searched(problem: Problem) -> list[tuple[list[int] | None, int, int]]:
+    """Answers of exact search in both directions, at limits from too low to too high, cut short now and then."""
+    model = build_model(problem)
+    peak = model.peak(range(model.n))
+    answers = []
+    for backward in (False, True):
+        search = ExactSearch(sweep(model, backward=backward))
+        for share in (0.4, 0.6, 0.8, 1.0):
+            answer = search.within(int(share * peak), 20_000)
+            answers.append((answer.order, answer.bound, answer.work))
+    return answers
+
+
+def test_compiled_loops_and_plain_python_give_the_same() -> None:
+    script = (
+        "import json, random, test_order as t; problem = t.random_problem(random.Random(5), 60, density=1.2); "
+        "print(json.dumps([t.annealed(problem, 3), t.searched(problem)]))"
+    )
     plain = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=here,
+        cwd=Path(__file__).parent,
         env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert json.loads(plain.stdout) == annealed(problem, 3)
+    problem = random_problem(random.Random(5), 60, density=1.2)
+    assert json.loads(plain.stdout) == json.loads(json.dumps([annealed(problem, 3), searched(problem)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 16))
+def test_exact_search_decides(rng: random.Random, n: int) -> None:
+    """Both directions agree, and a limit is feasible exactly from the least peak on."""
+    problem = random_problem(rng, n, density=1.2)
+    model = build_model(problem)
+    least = solve_order(problem).peak
+    for backward in (False, True):
+        search = ExactSearch(sweep(model, backward=backward))
+        found = search.within(least, 10**6).order
+        assert found is not None and model.peak(found) == least
+        assert check_sequence(problem, model.sequence(found))[0] == least
+        below = search.within(least - 1, 10**6)
+        assert below.order is None and below.bound == least
 
 
 @settings(max_examples=30, deadline=None)
