@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import with_effects
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import find_symbol_binding_fx_nodes, 
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 __all__ = [
+    "BackendCompilerFailed",
     "FakeTensor",
     "FakeTensorMode",
     "TracingContext",
@@ -55,6 +57,30 @@ def default_partition(joint: fx.GraphModule, inputs: Any, **keywords: Any) -> tu
     from torch._functorch.partitioners import default_partition as partition
 
     return partition(joint, inputs, **keywords)
+
+
+def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
+    """The mode that fake tensors among these belong to, or a new one."""
+    return detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same shape, strides, dtype and device; one on the meta device becomes one on the CPU."""
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    if tensor.device.type != "meta":
+        return mode.from_tensor(tensor, static_shapes=True)
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def many_recompiles() -> Any:
+    """Tracing is not bounded by dynamo's limit on recompilations of one function."""
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    return torch._dynamo.config.patch({name: 1_000_000})
 
 
 def rng_state_bytes(device_type: str) -> int:
@@ -186,3 +212,14 @@ def trace_region(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor], d
         node.meta["custom"] = {"from": node}
     with preserve_node_meta():
         return trace_fake(Named(graph_module).run, inputs, decompositions)
+
+
+def dynamo_source(node: fx.Node) -> str:
+    """Where dynamo found a placeholder's value, as Python text (``L['self']._parameters['weight']``); '' if unknown."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")  # a method until 2.11, a property since
+    return str(name() if callable(name) else name)
+
+
+def clear_blas_workspaces() -> None:
+    """Give back what cuBLAS holds for each thread and stream; it takes it again when it next runs."""
+    torch._C._cuda_clearCublasWorkspaces()

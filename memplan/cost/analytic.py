@@ -6,6 +6,8 @@ nor memory. FLOPs of products, convolutions and attention are torch's own count 
 
 from __future__ import annotations
 
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -57,6 +59,14 @@ _CPU_ELEMENT_NS = {
     aten.sort: 60.0,
 }
 _IMAGE_OPS = {aten.max_pool2d_with_indices, aten.avg_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d}
+# Attention over (batch, tokens, heads, width): position of the query, and FLOPs a query element and key (two products
+# forward, five backward). Ragged batches, whose tokens stand in one row, count as one sequence.
+_ATTENTION = {
+    aten._flash_attention_forward: (0, 4),
+    aten._efficient_attention_forward: (0, 4),
+    aten._flash_attention_backward: (1, 10),
+    aten._efficient_attention_backward: (1, 10),
+}
 # Convolutions in groups run far below a CPU's rate: position of the groups among the arguments, and how far below.
 _CPU_GROUPED = {aten.convolution: (8, 2.0), aten.convolution_backward: (9, 20.0)}
 # A CPU kernel that walks an operand against its order pays this for an element; a copy is written for the case.
@@ -121,6 +131,10 @@ def flops(described: Signature, made: list[Layout]) -> float:
     if packet is aten.convolution_backward:  # each gradient asked for costs what the forward did
         gradient, source, weight = shapes[:3]
         return conv_flop_count(source, weight, gradient, transposed=described.args[7]) * sum(described.args[-1][:2])
+    if packet in _ATTENTION:  # heads stand behind tokens here, and torch's count needs data for ragged batches
+        first, factor = _ATTENTION[packet]
+        query, keys = shapes[first], shapes[first + 1]
+        return factor * prod(query) * keys[-3]
     formula = flop_registry.get(packet)
     if formula is None:
         return 0
@@ -138,6 +152,7 @@ def traffic(packet: Any, operands: list[Layout], made: list[Layout]) -> int:
     return written + sum(layout.nbytes for layout in operands)
 
 
+@cache
 def is_view(target: Any) -> bool:
     """Whether an aten op returns an alias of an operand and changes nothing."""
     schema = target._schema

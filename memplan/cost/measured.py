@@ -25,13 +25,15 @@ from memplan.cost.cache import Cache
 from memplan.cost.signature import Layout, Signature, results, signature
 from memplan.cost.workspace import unseen
 from memplan.devices import profile_for
-from memplan.torch_compat import allocation_events
+from memplan.torch_compat import allocation_events, clear_blas_workspaces
 
 log = logging.getLogger("memplan")
 aten = torch.ops.aten
 
-# Three repetitions tell an outlier from the median; small ops repeat up to 30 ms for a steadier one, large ones twice.
-_MAX_REPETITIONS, _BUDGET_S = 15, 0.03
+# Three repetitions tell an outlier from the median; small ops repeat up to 10 ms for a steadier one, large ones twice.
+_MAX_REPETITIONS, _BUDGET_S = 11, 0.01
+# A GPU's op shorter than this is timed in bursts: waiting for the device costs as much as the op.
+_SHORT_S = 1e-3
 # Elements of the block of random numbers that operands repeat: drawing every element anew costs more than most ops.
 _BLOCK = 1 << 16
 # What an aten op that dislikes its made-up operands, or finds no memory, raises.
@@ -111,12 +113,17 @@ def measure(described: Signature, granularity: int) -> Cost:
         def run() -> Any:
             return described.target(*args, **kwargs)
 
+        if gpus:
+            run()  # cuBLAS takes a workspace for every new thread and keeps it
         made, events = allocation_events(run)  # the first run also pays for code generation and page faults
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(made))}
         del made
         kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
         held = max(0, max(accumulate(events), default=0) - kept) + unseen(described, torch.get_num_threads())
-        return Cost(_median_time(run, bool(gpus)), round_up(held, granularity))
+        found = Cost(_median_time(run, bool(gpus)), round_up(held, granularity))
+        if gpus:
+            clear_blas_workspaces()
+        return found
 
 
 def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:
@@ -124,14 +131,17 @@ def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:
     # Alone on its core, an op's processor time is its time, whatever else the machine is doing.
     clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
     times: list[float] = []
+    burst = 1
     while not _is_enough(times):
         if on_gpu:
+            burst = 10 if times and times[-1] < _SHORT_S else 1
             torch.cuda.synchronize()
         start = clock()
-        run()
+        for _ in range(burst):
+            run()
         if on_gpu:
             torch.cuda.synchronize()
-        times.append(clock() - start)
+        times.append((clock() - start) / burst)
     return statistics.median(times) * 1e6
 
 

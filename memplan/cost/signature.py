@@ -52,10 +52,17 @@ class Signature(NamedTuple):
 
 
 def signature(node: fx.Node) -> Signature:
-    """Of a node whose arguments carry ``meta["val"]``."""
-    args = tuple([describe(a) for a in node.args])
-    kwargs = tuple([(k, describe(v)) for k, v in node.kwargs.items()]) if node.kwargs else ()
-    return Signature(node.target, args, kwargs)
+    """Of a node whose arguments carry ``meta["val"]``. Arguments given by name move to their position where they can."""
+    args = [describe(a) for a in node.args]
+    if not node.kwargs:
+        return Signature(node.target, tuple(args), ())
+    named = {name: describe(value) for name, value in node.kwargs.items()}
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument in node.target._schema.arguments[len(args) :]:
+            if argument.kwarg_only or argument.name not in named:
+                break
+            args.append(named.pop(argument.name))
+    return Signature(node.target, tuple(args), tuple(named.items()))
 
 
 def results(node: fx.Node) -> list[Layout]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.cost.analytic import AnalyticCost, flops
-from memplan.cost.signature import Layout, describe, results, signature
+from memplan.cost.signature import Layout, Signature, describe, results, signature
 from memplan.devices import profile_for
 
 aten = torch.ops.aten
@@ -111,3 +111,24 @@ def test_symbolic_sizes_are_taken_at_their_hint() -> None:
     assert [layout.shape for layout in signature(node).operands()] == [(24, 48), (48, 64)]
     assert all(type(size) is int for layout in results(node) for size in layout.shape)
     hash(signature(node))
+
+
+def test_arguments_by_name_count_as_by_position() -> None:
+    x, w = torch.rand(2, 4, 8, 8), torch.rand(8, 4, 3, 3)
+    graph = torch.fx.Graph()
+    source, weight = graph.placeholder("x"), graph.placeholder("w")
+    source.meta["val"], weight.meta["val"] = x, w
+    rest = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "transposed": False}
+    named = {"input": source, "weight": weight, "bias": None, **rest, "output_padding": [0, 0], "groups": 1}
+    by_name = graph.call_function(aten.convolution.default, (), named)
+    by_position = graph.call_function(aten.convolution.default, tuple(named.values()))
+    assert signature(by_name) == signature(by_position)
+
+
+def test_attention_with_heads_behind_tokens() -> None:
+    q = torch.empty(2, 64, 4, 32, dtype=torch.bfloat16, device="meta")
+    described = describe(q)
+    forward = Signature(aten._flash_attention_forward.default, (described,) * 3, ())
+    backward = Signature(aten._flash_attention_backward.default, (described,) * 4, ())
+    assert flops(forward, []) == 4 * (2 * 4 * 64 * 64 * 32)
+    assert flops(backward, []) == 10 * (2 * 4 * 64 * 64 * 32)
