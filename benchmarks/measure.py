@@ -3,7 +3,7 @@
 ``measure(Job(...))`` starts ``worker.py`` under the malloc interposer and returns its record, a plain dict:
 
 - ``resident``: bytes of parameters, buffers and inputs; ``above``: measured peak above them, gradients included;
-  ``peak``: their sum, what a memory budget bounds; ``kept``: bytes that compiling left behind and the process holds on to.
+  ``peak``: their sum, what a memory budget bounds; ``kept``: the part of it that is held between steps, too (an arena).
 - ``loss``, ``gradients``, ``buffers``: fingerprints of the bits after one step from the seeded start;
   ``error``: relative error of the gradients against a float64 step of the eager model.
 - ``pairs``: per repetition [eager wall s, contender wall s, eager CPU s, contender CPU s], taken in turns.

@@ -1,7 +1,9 @@
 /* Counts the bytes a process holds from malloc: LD_PRELOAD this library, then read and reset the count through ctypes.
  *
  * Every block of at least COUNTED_FROM usable bytes counts with its malloc_usable_size; smaller ones (Python objects,
- * bookkeeping) are left out, tensors are not. mmap is not counted: no CPU kernel of PyTorch maps its tensors.
+ * bookkeeping) are left out, tensors are not. Blocks of at least LARGE_FROM count a second time on their own: an
+ * interpreter at work never holds one, so they tell what a compiled step keeps between its runs (an arena, a cache).
+ * mmap is not counted: no CPU kernel of PyTorch maps its tensors.
  * The next definition of each function is looked up with dlsym; what dlsym itself allocates meanwhile comes from a
  * small static area. Counters are atomics, so any thread may allocate and any thread may read.
  */
@@ -14,8 +16,9 @@
 #include <string.h>
 
 #define COUNTED_FROM 4096
+#define LARGE_FROM (1 << 20)
 
-static _Atomic long long live_bytes, peak_bytes;
+static _Atomic long long live_bytes, peak_bytes, large_bytes;
 
 static void *(*next_malloc)(size_t);
 static void *(*next_calloc)(size_t, size_t);
@@ -51,18 +54,25 @@ static void look_up(void) {
     looking = 0;
 }
 
-static long long counted(void *block) {
+static size_t counted(void *block) {
     size_t size = block && !is_early(block) ? malloc_usable_size(block) : 0;
-    return size >= COUNTED_FROM ? (long long)size : 0;
+    return size >= COUNTED_FROM ? size : 0;
 }
 
-static void add(long long bytes) {
-    if (!bytes) return;
-    long long now = atomic_fetch_add_explicit(&live_bytes, bytes, memory_order_relaxed) + bytes;
-    if (bytes < 0) return;
+static void add(size_t size) {
+    if (!size) return;
+    if (size >= LARGE_FROM) atomic_fetch_add_explicit(&large_bytes, (long long)size, memory_order_relaxed);
+    long long now = atomic_fetch_add_explicit(&live_bytes, (long long)size, memory_order_relaxed) + (long long)size;
     long long peak = atomic_load_explicit(&peak_bytes, memory_order_relaxed);
-    while (now > peak && !atomic_compare_exchange_weak_explicit(&peak_bytes, &peak, now, memory_order_relaxed, memory_order_relaxed)) {
+    while (now > peak && !atomic_compare_exchange_weak_explicit(&peak_bytes, &peak, now, memory_order_relaxed,
+                                                                memory_order_relaxed)) {
     }
+}
+
+static void subtract(size_t size) {
+    if (!size) return;
+    if (size >= LARGE_FROM) atomic_fetch_sub_explicit(&large_bytes, (long long)size, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&live_bytes, (long long)size, memory_order_relaxed);
 }
 
 void *malloc(size_t size) {
@@ -89,11 +99,11 @@ void *realloc(void *block, size_t size) {
         if (moved) memcpy(moved, block, size < behind ? size : behind);
         return moved;
     }
-    long long before = counted(block);
+    size_t before = counted(block);
     void *moved = next_realloc(block, size);
     if (moved || !size) {
         /* Both copies may exist for an instant, but only inside the allocator: the count follows what the caller holds. */
-        add(-before);
+        subtract(before);
         add(counted(moved));
     }
     return moved;
@@ -102,7 +112,7 @@ void *realloc(void *block, size_t size) {
 void free(void *block) {
     if (!block || is_early(block)) return;
     look_up();
-    add(-counted(block));
+    subtract(counted(block));
     next_free(block);
 }
 
@@ -129,5 +139,6 @@ void *memalign(size_t alignment, size_t size) {
 
 /* What the measuring program calls. */
 long long peak_interposer_live(void) { return atomic_load(&live_bytes); }
+long long peak_interposer_large(void) { return atomic_load(&large_bytes); }
 long long peak_interposer_peak(void) { return atomic_load(&peak_bytes); }
 void peak_interposer_reset(void) { atomic_store(&peak_bytes, atomic_load(&live_bytes)); }

@@ -60,7 +60,7 @@ def run(job: Job) -> Record:
     workload = build(job.model)
     step = Step(prepare(Contender.parse(job.contender), workload, job.model.dropout), workload)
     start = {name: value.clone() for name, value in workload.model.named_buffers()}
-    before = meter.live()
+    before = meter.large()
     began = time.perf_counter()
     try:
         step()
@@ -84,12 +84,12 @@ def build(model: Model) -> zoo.Workload:
 
 
 def memory(step: Step, meter: Meter, before: int) -> Record:
-    """Peak of a warm step, and what the process holds for good since before the first one."""
-    kept = meter.live() - before
+    """Peak of a warm step above what was held before the first one: a contender pays for what it keeps between steps."""
+    kept = meter.large() - before
     above = []
     for _ in range(_PEAKS):
         step.clear()
-        above.append(meter.measure(step).above)
+        above.append(kept + meter.measure(step).above)
     step.clear()
     resident = step.workload.resident_bytes()
     return {"resident": resident, "above": max(above), "above_all": above, "peak": resident + max(above), "kept": kept}
