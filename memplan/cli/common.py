@@ -43,9 +43,7 @@ Inputs = Annotated[
     ),
 ]
 Train = Annotated[bool, typer.Option("--train/--inference", help="A training step, or the forward alone.")]
-Optimizer = Annotated[
-    str | None, typer.Option(help="adamw, adam, momentum or sgd: count its state (with --train).")
-]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adam, momentum or sgd: count its state (with --train).")]
 Target = Annotated[
     str | None, typer.Option(help="Device to plan for: a profile of `memplan targets` or a profile file.")
 ]

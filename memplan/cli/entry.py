@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from memplan.cli.common import tell
 from memplan.errors import InputError, OptionError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dims>\d+(?:x\d+)*|scalar)(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and the inputs of one step; fake tensors unless ``real`` was asked for."""
+    """A model and the inputs of one step; its tensors have no memory."""
 
     model: torch.nn.Module
     args: tuple[Any, ...] = ()
@@ -37,20 +38,37 @@ def load_entry(entry: str, inputs: Sequence[str] = ()) -> Loaded:
     """
     found = resolve(entry)
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     given = [parse_shape(text) for text in inputs]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        value = found
-        if callable(found) and not isinstance(found, torch.nn.Module):
-            value = _guarded(entry, found)
-        model, example = _split(entry, value)
+    model, example = _split(entry, _built(entry, found))
+    with torch.device("meta"):
         args, kwargs = _examples(entry, example)
         args = (*args, *(_tensor(shape, dtype) for name, shape, dtype in given if not name))
         kwargs |= {name: _tensor(shape, dtype) for name, shape, dtype in given if name}
     if not args and not kwargs:
         raise OptionError(f"{entry} gives a model without inputs; return (model, example_inputs) or give --input SHAPE")
     return Loaded(model, args, kwargs)
+
+
+def _built(entry: str, found: Any) -> Any:
+    """Call the entry on the meta device, where tensors have shapes and no bytes; code that asks such a tensor for data
+    is run once more as it is, with real memory."""
+    import torch
+
+    from memplan.cli.meta import StayOnMeta
+
+    if not callable(found) or isinstance(found, torch.nn.Module):
+        return found
+    try:
+        with StayOnMeta(), torch.device("meta"):
+            return found()
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise _failed(entry, error) from error
+        tell(f"memplan: {entry} needs the data of its tensors ({error}); building it with real memory")
+        return _guarded(entry, found)
+    except (Exception, SystemExit) as error:
+        raise _failed(entry, error) from error
 
 
 def resolve(entry: str) -> Any:
@@ -88,7 +106,11 @@ def _guarded(entry: str, call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{entry} failed: {type(error).__name__}: {error}") from error
+        raise _failed(entry, error) from error
+
+
+def _failed(entry: str, error: BaseException) -> InputError:
+    return InputError(f"{entry} failed: {type(error).__name__}: {error}")
 
 
 def _split(entry: str, value: Any) -> tuple[Any, Any]:
