@@ -13,6 +13,7 @@ from memplan.codegen.compiled import CompiledRegion
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.inductor_cpu import compile_inductor
 from memplan.codegen.region import Region
+from memplan.codegen.triton_launch import compile_triton
 from memplan.errors import OptionError
 
 LOWERINGS = ("triton", "inductor", "eager")
@@ -30,6 +31,8 @@ def compile_region(region: Region, lowering: str | None = None) -> CompiledRegio
     chosen = lowering or default_lowering(region.device)
     if chosen == "eager":
         return compile_eager(region)
+    if chosen == "triton":
+        return compile_triton(region)
     if chosen == "inductor":
         return compile_inductor(region)
     raise OptionError(f"unknown lowering {chosen!r}; one of {', '.join(LOWERINGS)}")
