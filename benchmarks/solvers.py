@@ -1,6 +1,8 @@
 """Every solver on public instances, with the published figures beside ours.
 
-``python benchmarks/solvers.py --data DIR [--only placement,recompute,order] [--scorers DIR] [--json OUT] [--figure OUT]``
+``python benchmarks/solvers.py --data DIR [--only placement,recompute,order,cold] [--scorers DIR] [--json OUT]
+[--figure OUT]`` writes the JSON, its tables as Markdown beside it, and the picture. Solvers that are not run keep the
+rows that the JSON holds.
 
 DIR holds ``placement/*.csv``, ``recompute/*.json`` and ``joint/*.json``. The public files come from
   placement/  A … K: https://github.com/google/minimalloc, benchmarks/challenging (Apache-2.0);
@@ -27,7 +29,7 @@ from environment import environment
 from tables import markdown
 
 Row = dict[str, Any]
-SOLVERS = ("placement", "recompute", "order")
+SOLVERS = ("placement", "recompute", "order", "cold")
 RESULTS = Path(__file__).parent / "results"
 # Of a row, for the machine only: ``trace`` [[seconds, value], …] and ``curve`` {label: [[budget %, cost %], …]} for the
 # picture; ``score`` {tool, instance, plan}: the plan as a file's text; ``expect``: what the scorer must find.
@@ -63,6 +65,15 @@ def verdict(found: Row, expect: Row | None) -> str:
     return "; ".join(wrong) or "agrees"
 
 
+def section(solver: str, found: Row) -> str:
+    """A solver's table with where and when it was measured."""
+    where = found["environment"]
+    return (
+        f"\n## {solver}\n\n{where['date']}, revision {where['revision']}, {where['processor']}, "
+        f"{where['cores']} cores\n\n{table(found['rows'])}\n"
+    )
+
+
 def table(rows: list[Row]) -> str:
     """All columns that any row has, in the order of their first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in HIDDEN))
@@ -90,9 +101,10 @@ def main() -> int:
     for solver in chosen:
         rows = list(run(solver, options.data, options.scorers))
         results[solver] = {"environment": environment(), "rows": rows}
-        print(f"\n## {solver}\n\n{table(rows)}\n")
+        print(section(solver, results[solver]))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+    options.json.with_suffix(".md").write_text("\n".join(section(solver, found) for solver, found in results.items()))
     from solvers_figure import draw  # needs matplotlib, which the tables do without
 
     draw(results, options.figure)
