@@ -64,6 +64,7 @@ class Autocast(nn.Module):
 def hugging_face(model: nn.Module, inputs: dict[str, Tensor], *chains: Any) -> Workload:
     """Workload of a transformers model; each chain is an iterable of its blocks in running order."""
     for part in model.modules():
-        if hasattr(config := getattr(part, "config", None), "use_cache"):
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "use_cache"):
             config.use_cache = False  # an encoder and a decoder have configs of their own
     return Workload(LossOf(model), inputs, tuple(tuple(chain) for chain in chains))
