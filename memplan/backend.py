@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,16 +12,18 @@ import torch
 from torch import fx
 
 from memplan import torch_compat
-from memplan.capture import Capture, check_supported, is_tangent
+from memplan.capture import Capture, Input, check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
-from memplan.lower import lower
+from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.normalise import Normalise
 from memplan.passes.split import Split
 from memplan.planner import Planned, plan_capture
 from memplan.problem import Category
+from memplan.runtime import native
+from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
 
 log = logging.getLogger("memplan")
@@ -42,13 +45,24 @@ def memplan(
 ) -> Callable[..., Any]:
     """The dynamo backend. Raises OptionError before anything compiles, BudgetInfeasibleError at the first call."""
     try:
-        graph = _Graph(Options.resolve(options, mode), input_categories(graph_module))
-        backend = torch_compat.aot_backend(
-            forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
-        )
-        return backend(graph_module, example_inputs)
+        return compile_with(graph_module, example_inputs, Options.resolve(options, mode), _recent.append)
     except MemplanError as error:
         return _raising(error)
+
+
+def compile_with(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    planned: Callable[[Planned], None],
+    progress: Callable[[str], None] | None = None,
+) -> Callable[..., Any]:
+    """Compile one of dynamo's graphs; ``planned`` is told what was decided before anything runs."""
+    graph = _Graph(options, graph_inputs(graph_module), planned, progress)
+    backend = torch_compat.aot_backend(
+        forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
+    )
+    return backend(graph_module, example_inputs)
 
 
 def _raising(error: MemplanError) -> Callable[..., Any]:
@@ -63,10 +77,18 @@ def _raising(error: MemplanError) -> Callable[..., Any]:
 class _Graph:
     """One graph of dynamo's: planned when AOTAutograd asks for the partition, lowered when it asks for the compile."""
 
-    def __init__(self, options: Options, categories: Sequence[Category]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        inputs: Sequence[Input],
+        tell: Callable[[Planned], None],
+        progress: Callable[[str], None] | None,
+    ) -> None:
         self.options = options
-        self.categories = categories
+        self.inputs = inputs
+        self.tell, self.progress = tell, progress
         self.planned: Planned | None = None
+        self.pool: Pool | None = None
 
     def partition(
         self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **keywords: Any
@@ -74,7 +96,7 @@ class _Graph:
         try:
             check_supported(joint)
             Normalise().apply(joint)
-            planned = self._plan(Capture(joint, num_fwd_outputs, primal_categories(joint, self.categories)))
+            planned = self._plan(Capture(joint, num_fwd_outputs, primal_inputs(joint, self.inputs)))
         except UnsupportedError as reason:
             _warn_unplanned(reason)
             return torch_compat.default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
@@ -90,48 +112,69 @@ class _Graph:
         outputs = len(next(reversed(graph_module.graph.nodes)).args[0])  # type: ignore[arg-type]
         try:
             check_supported(graph_module)
-            categories = primal_categories(graph_module, self.categories)
-            planned = self._plan(Capture(graph_module, outputs, categories, training=False))
+            primals = primal_inputs(graph_module, self.inputs)
+            planned = self._plan(Capture(graph_module, outputs, primals, training=False))
         except UnsupportedError as reason:
             _warn_unplanned(reason)
             return torch_compat.unplanned(graph_module, inputs)
-        return Executable(planned.scheduled.graph_module, planned.lowered)
+        return Executable(planned.scheduled.graph_module, planned.lowered, self._script(planned.lowered, begins=True))
 
     def _plan(self, capture: Capture) -> Planned:
-        profile = profile_for(self.options.target or device_type(capture))
+        device = device_type(capture)
+        profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
-        self.planned = plan_capture(capture, self.options, cost, profile.granularity)
-        _recent.append(self.planned)
+        self.planned = plan_capture(capture, self.options, cost, profile.granularity, progress=self.progress)
+        self.tell(self.planned)
+        self.pool = _pool(self.planned) if device == "cpu" else None
         return self.planned
 
     def _lower(self, graph_module: fx.GraphModule, inputs: Sequence[Any], forward_nodes: int) -> Callable[..., Any]:
         if self.planned is None:
             return torch_compat.unplanned(graph_module, inputs)
-        return Executable(graph_module, lower(graph_module, self.planned.problem, forward_nodes))
+        lowered = lower(graph_module, self.planned.problem, forward_nodes)
+        return Executable(graph_module, lowered, self._script(lowered, begins=forward_nodes > 0))
+
+    def _script(self, lowered: Lowered, begins: bool) -> Script | None:
+        return None if self.pool is None else Script(self.pool, lowered.program, begins)
+
+
+def _pool(planned: Planned) -> Pool | None:
+    """The arenas of a plan that has a layout, where torch's allocator can be led."""
+    if planned.layout is None or native.library() is None:
+        return None
+    parts = 2 if planned.built.capture.training else 1
+    return Pool(planned.lowered.program, planned.layout, parts, planned.budget)
 
 
 def _warn_unplanned(reason: UnsupportedError) -> None:
     log.warning("memplan runs a graph unplanned, its memory is not limited: %s", reason)
 
 
-def input_categories(graph_module: fx.GraphModule) -> list[Category]:
-    """Category of each placeholder of dynamo's graph, by the name dynamo gives to where it came from."""
+def graph_inputs(graph_module: fx.GraphModule) -> list[Input]:
+    """What each placeholder of dynamo's graph is, by the name dynamo gives to where it came from."""
     found = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
             name = str(node.target)
             is_parameter = "_parameters_" in name or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
             is_buffer = "_buffers_" in name
-            found.append(Category.PARAMETER if is_parameter else Category.BUFFER if is_buffer else Category.INPUT)
+            category = Category.PARAMETER if is_parameter else Category.BUFFER if is_buffer else Category.INPUT
+            found.append(Input(category, input_name(torch_compat.dynamo_source(node))))
     return found
 
 
-def primal_categories(graph_module: fx.GraphModule, categories: Sequence[Category]) -> list[Category]:
+def input_name(source: str) -> str:
+    """``L['self']._modules['h']._modules['0']._parameters['weight']`` → ``h.0.weight``; ``L['x']`` → ``x``."""
+    parts = re.findall(r"\['([^']+)'\]", source)
+    return ".".join(parts[1:] if len(parts) > 1 and parts[0] == "self" else parts)
+
+
+def primal_inputs(graph_module: fx.GraphModule, inputs: Sequence[Input]) -> list[Input]:
     """The same for AOTAutograd's placeholders, which may be fewer or more than dynamo's."""
     found = []
     for k, node in enumerate(n for n in graph_module.graph.nodes if n.op == "placeholder" and not is_tangent(n)):
         index = getattr(node.meta.get("desc"), "idx", k)
-        found.append(categories[index] if index < len(categories) else Category.INPUT)
+        found.append(inputs[index] if index < len(inputs) else Input())
     return found
 
 

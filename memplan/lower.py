@@ -53,6 +53,7 @@ class _Lowering:
         self.backward_from = forward_nodes
         self.storages: list[Storage] = []
         self.behind: dict[fx.Node, dict[int, int]] = {}  # node -> its fake tensors' storage keys -> storages
+        self.given: dict[int, int] = {}  # storage keys of arguments and constants -> storages
         self.slot_of: dict[fx.Node, int] = {}
         self.steps: list[Step] = []
         self.bindings: list[Binding] = []
@@ -88,7 +89,8 @@ class _Lowering:
 
     def _stored(self, node: fx.Node) -> list[int]:
         """Find the storages behind a node's tensors; returns those that the node makes."""
-        known = {k: s for a in input_nodes(node) for k, s in self.behind[a].items()}
+        given = node.op in ("placeholder", "get_attr")  # arguments may be views of one storage
+        known = self.given if given else {k: s for a in input_nodes(node) for k, s in self.behind[a].items()}
         seen = self.behind[node] = {}
         fresh: list[int] = []
         for tensor in tensors(node.meta.get("val")):
@@ -103,6 +105,8 @@ class _Lowering:
             else:
                 seen[key] = len(self.storages)
                 fresh.append(seen[key])
+                if given:
+                    self.given[key] = seen[key]
                 self.storages.append(self._storage(node, tensor, len(fresh) - 1))
         return fresh
 

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from memplan.errors import OptionError
 from memplan.units import parse_budget, parse_bytes
 
-GROUPS = ("recompute", "trace")
+GROUPS = ("placement", "recompute", "trace")
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "min-peak": {"objective": "peak"},
@@ -35,6 +35,7 @@ class Options:
     verify: bool = True  # validate every plan before it runs
     runtime_estimator: str = "profile"  # "profile": measure each op once; "analytic": estimate
     recompute_enabled: bool = True
+    placement_enabled: bool = True  # one allocation for a step's memory, at planned offsets
     solver_time_limit_s: float | None = None  # wall clock; None: only the deterministic work limit
     solver_work: float = 1.0  # multiple of the solver's default effort
     solver_seed: int = 0

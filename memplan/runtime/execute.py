@@ -8,17 +8,20 @@ from typing import Any
 from torch import fx
 
 from memplan.lower import Binding, Lowered
+from memplan.runtime.arena import Script
 
 Slots = list[Any]
-Call = Callable[[Slots], None]
+Call = Callable[[Slots], Any]  # returns what the kernel returned
 
 
 class Executable:
     """Callable with a list of arguments, which it empties: an argument lives no longer than its slot."""
 
-    def __init__(self, graph_module: fx.GraphModule, lowered: Lowered) -> None:
+    def __init__(self, graph_module: fx.GraphModule, lowered: Lowered, script: Script | None = None) -> None:
+        """``script``: where the Program's memory lies in an arena; without one, torch decides."""
         self._boxed_call = True  # AOTAutograd then hands over its arguments instead of holding them
         self.program = lowered.program
+        self._script = script
         self._inputs = lowered.inputs
         self._slots = len(lowered.slot_of)
         self._calls = [_bind(graph_module, binding, lowered.slot_of) for binding in lowered.bindings]
@@ -29,8 +32,11 @@ class Executable:
     def __call__(self, args: list[Any]) -> list[Any]:
         slots: Slots = [*args, *[None] * (self._slots - self._inputs)]
         args.clear()
-        for call in self._calls:
-            call(slots)
+        if self._script is not None:
+            self._script.run(self._calls, slots)
+        else:
+            for call in self._calls:
+                call(slots)
         return [slots[slot] if slot >= 0 else constant for slot, constant in self._outputs]
 
 
@@ -73,7 +79,7 @@ def _kernel(binding: Binding, slot_of: dict[fx.Node, int]) -> Call:
     kwargs = dict(node.kwargs)
     named = [(k, _template(v, slot_of)) for k, v in kwargs.items() if isinstance(v, fx.Node) or _holds_nodes(v)]
 
-    def kernel(slots: Slots) -> None:
+    def kernel(slots: Slots) -> Any:
         given = args.copy()
         for k, slot in from_slots:
             given[k] = slots[slot]
@@ -82,6 +88,7 @@ def _kernel(binding: Binding, slot_of: dict[fx.Node, int]) -> Call:
         value = target(*given, **(kwargs | {k: fill(slots) for k, fill in named} if named else kwargs))
         for place, slot in results:
             slots[slot] = value if place < 0 else value[place]
+        return value
 
     return kernel
 

@@ -1,0 +1,295 @@
+// torch's CPU allocator, in front of the default one: while a thread runs a scripted kernel, the allocations that the
+// script expects get their planned place in an arena; every other allocation goes to the default allocator.
+//
+// No two living blocks ever share a byte: a request whose planned bytes are still in use is refused and served by the
+// default allocator. So a tensor that outlives its planned life (a gradient the user keeps, a retained graph) is safe.
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <vector>
+
+namespace {
+
+struct Block {
+  size_t end;
+  bool kept;  // handed to the user: a gradient
+};
+
+struct Arena {
+  char* base;
+  size_t bytes;
+  std::map<size_t, Block> live;  // offset -> block; disjoint
+  size_t live_unkept = 0;
+  int active = 0;       // scripts that run in it now
+  bool closed = false;  // the pool has given it up; the last block to die frees it
+  int64_t placed = 0, refused = 0;
+};
+
+struct Request {
+  int64_t ordinal;  // which allocation of the kernel, from 0
+  int64_t size;     // bytes reserved
+  int64_t offset;   // -1: the default allocator's
+  int64_t kept;
+};
+
+struct Step {
+  std::vector<Request> requests;  // by ordinal
+  size_t workspace = 0, workspace_bytes = 0;  // region for allocations that no request names
+};
+
+struct Script {
+  std::vector<Step> steps;
+};
+
+struct Run {
+  Arena* arena;  // null: record only
+  const Script* script;
+  const Step* step;
+  size_t next;  // request
+  int64_t ordinal;
+};
+
+constexpr size_t kAlignment = 64;  // what torch's own CPU allocator aligns to
+
+std::mutex guard;  // arenas and everything in them
+std::map<const char*, Arena*> arenas;  // by base address
+thread_local std::vector<Run> runs;  // a kernel may itself run a scripted function
+thread_local std::vector<void*> recorded;
+
+c10::Allocator* fallback() {
+  static c10::Allocator* const before = c10::GetCPUAllocator();
+  return before;
+}
+
+Arena* holding(const void* pointer) {
+  auto after = arenas.upper_bound(static_cast<const char*>(pointer));
+  if (after == arenas.begin()) return nullptr;
+  Arena* arena = std::prev(after)->second;
+  return static_cast<const char*>(pointer) < arena->base + arena->bytes ? arena : nullptr;
+}
+
+void destroy(Arena* arena) {
+  arenas.erase(arena->base);
+  fallback()->raw_deallocate(arena->base);
+  delete arena;
+}
+
+bool is_free(const Arena& arena, size_t offset, size_t end) {
+  auto after = arena.live.lower_bound(end);
+  return after == arena.live.begin() || std::prev(after)->second.end <= offset;
+}
+
+void* occupy(Arena& arena, size_t offset, size_t bytes, bool kept) {
+  arena.live.emplace(offset, Block{offset + bytes, kept});
+  arena.live_unkept += !kept;
+  ++arena.placed;
+  return arena.base + offset;
+}
+
+// First fit among the living blocks of the running step's workspace.
+void* in_workspace(Arena& arena, const Step& step, size_t bytes) {
+  size_t at = step.workspace;
+  const size_t end = step.workspace + step.workspace_bytes;
+  while (at + bytes <= end) {
+    auto next = arena.live.lower_bound(at + bytes);
+    if (next == arena.live.begin() || std::prev(next)->second.end <= at) return occupy(arena, at, bytes, false);
+    at = (std::prev(next)->second.end + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  return nullptr;
+}
+
+void* planned(Run& run, size_t bytes) {
+  const int64_t ordinal = run.ordinal++;
+  if (run.arena == nullptr || run.step == nullptr || bytes == 0) return nullptr;
+  const auto& requests = run.step->requests;
+  while (run.next < requests.size() && requests[run.next].ordinal < ordinal) ++run.next;
+  std::lock_guard<std::mutex> lock(guard);
+  Arena& arena = *run.arena;
+  if (run.next < requests.size() && requests[run.next].ordinal == ordinal) {
+    const Request& wanted = requests[run.next];
+    if (wanted.offset < 0) return nullptr;
+    const size_t end = wanted.offset + bytes;
+    if (bytes <= static_cast<size_t>(wanted.size) && is_free(arena, wanted.offset, end))
+      return occupy(arena, wanted.offset, bytes, wanted.kept != 0);
+  } else if (void* place = in_workspace(arena, *run.step, bytes)) {
+    return place;
+  }
+  ++arena.refused;
+  return nullptr;
+}
+
+void give_back(void* pointer) {
+  {
+    std::lock_guard<std::mutex> lock(guard);
+    if (Arena* arena = holding(pointer)) {
+      auto block = arena->live.find(static_cast<char*>(pointer) - arena->base);
+      arena->live_unkept -= !block->second.kept;
+      arena->live.erase(block);
+      if (arena->closed && arena->live.empty() && arena->active == 0) destroy(arena);
+      return;
+    }
+  }
+  fallback()->raw_deallocate(pointer);
+}
+
+struct PlannedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    if (runs.empty()) return other(bytes);
+    Run& run = runs.back();
+    if (void* place = planned(run, bytes)) return {place, place, &give_back, c10::Device(c10::DeviceType::CPU)};
+    c10::DataPtr data = other(bytes);
+    if (run.arena == nullptr) recorded.push_back(data.get());
+    return data;
+  }
+  c10::DeleterFnPtr raw_deleter() const override {
+    return &give_back;
+  }
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+
+ private:
+  static c10::DataPtr other(size_t bytes) {
+    c10::DataPtr data = fallback()->allocate(bytes);
+    (void)data.compare_exchange_deleter(fallback()->raw_deleter(), &give_back);  // refused for zero bytes
+    return data;
+  }
+};
+
+// Gives the pages that no living block touches back to the system; they read as zero when touched again.
+void give_pages_back(const Arena& arena) {
+  const uintptr_t page = sysconf(_SC_PAGESIZE);
+  uintptr_t from = reinterpret_cast<uintptr_t>(arena.base);
+  const auto drop = [&](uintptr_t until) {
+    const uintptr_t first = (from + page - 1) / page * page, last = until / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  };
+  for (const auto& [offset, block] : arena.live) {
+    drop(reinterpret_cast<uintptr_t>(arena.base) + offset);
+    from = reinterpret_cast<uintptr_t>(arena.base) + block.end;
+  }
+  drop(reinterpret_cast<uintptr_t>(arena.base) + arena.bytes);
+}
+
+}  // namespace
+
+extern "C" {
+
+void memplan_install() {
+  static PlannedAllocator allocator;
+  fallback();
+  c10::SetCPUAllocator(&allocator);
+}
+
+// Null when the memory cannot be had.
+void* memplan_arena_new(int64_t bytes) {
+  char* base = nullptr;
+  try {
+    base = static_cast<char*>(fallback()->raw_allocate(bytes));
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+  auto* arena = new Arena{base, static_cast<size_t>(bytes)};
+  std::lock_guard<std::mutex> lock(guard);
+  arenas[base] = arena;
+  return arena;
+}
+
+// The pool gives the arena up; blocks that live keep it.
+void memplan_arena_close(void* handle) {
+  std::lock_guard<std::mutex> lock(guard);
+  auto* arena = static_cast<Arena*>(handle);
+  arena->closed = true;
+  if (arena->live.empty() && arena->active == 0) destroy(arena);
+}
+
+void memplan_arena_trim(void* handle) {
+  std::lock_guard<std::mutex> lock(guard);
+  give_pages_back(*static_cast<Arena*>(handle));
+}
+
+// 0: nothing lives in it; 1: only blocks that the user keeps; 2: blocks of a step; 3: a kernel's thread is in it.
+int memplan_arena_state(void* handle) {
+  std::lock_guard<std::mutex> lock(guard);
+  const auto* arena = static_cast<Arena*>(handle);
+  if (arena->active > 0) return 3;
+  if (arena->live_unkept > 0) return 2;
+  return arena->live.empty() ? 0 : 1;
+}
+
+int64_t memplan_arena_placed(void* handle) {
+  std::lock_guard<std::mutex> lock(guard);
+  return static_cast<Arena*>(handle)->placed;
+}
+
+int64_t memplan_arena_refused(void* handle) {
+  std::lock_guard<std::mutex> lock(guard);
+  return static_cast<Arena*>(handle)->refused;
+}
+
+void* memplan_arena_of(void* pointer) {
+  std::lock_guard<std::mutex> lock(guard);
+  return holding(pointer);
+}
+
+void* memplan_script_new(int64_t steps) {
+  auto* script = new Script;
+  script->steps.resize(steps);
+  return script;
+}
+
+void memplan_script_free(void* script) {
+  delete static_cast<Script*>(script);
+}
+
+void memplan_script_workspace(void* script, int64_t step, int64_t offset, int64_t bytes) {
+  Step& at = static_cast<Script*>(script)->steps[step];
+  at.workspace = offset;
+  at.workspace_bytes = bytes;
+}
+
+// Requests of one step come in the order of their ordinals.
+void memplan_script_request(void* script, int64_t step, int64_t ordinal, int64_t size, int64_t offset, int64_t kept) {
+  static_cast<Script*>(script)->steps[step].requests.push_back({ordinal, size, offset, kept});
+}
+
+// This thread runs ``script`` in ``arena`` until the matching end; a null arena records instead.
+void memplan_begin(void* script, void* arena) {
+  if (arena != nullptr) {
+    std::lock_guard<std::mutex> lock(guard);
+    ++static_cast<Arena*>(arena)->active;
+  }
+  runs.push_back({static_cast<Arena*>(arena), static_cast<Script*>(script), nullptr, 0, 0});
+}
+
+void memplan_step(int64_t step) {
+  Run& run = runs.back();
+  run.step = run.script == nullptr ? nullptr : &run.script->steps[step];
+  run.next = 0;
+  run.ordinal = 0;
+  if (run.arena == nullptr) recorded.clear();
+}
+
+void memplan_end() {
+  Arena* arena = runs.back().arena;
+  runs.pop_back();
+  if (arena == nullptr) return;
+  std::lock_guard<std::mutex> lock(guard);
+  if (--arena->active == 0 && arena->closed && arena->live.empty()) destroy(arena);
+}
+
+// Which allocation of the recorded kernel, the last one counting, gave ``pointer``; -1 if none did.
+int64_t memplan_recorded(void* pointer) {
+  for (int64_t k = static_cast<int64_t>(recorded.size()) - 1; k >= 0; --k)
+    if (recorded[k] == pointer) return k;
+  return -1;
+}
+}
