@@ -102,6 +102,8 @@ def summary(data: Record) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(zoo.FIRST), choices=list(zoo.MODELS), metavar="MODEL")
+    parser.add_argument("--size", default="bench", choices=["small", "bench"])
+    parser.add_argument("--dropout", default="both", choices=["without", "with", "both"])
     parser.add_argument("--stock", nargs="*", default=["gpt", "resnet"], help="models to run PyTorch's own budget on")
     parser.add_argument("--pairs", type=int, default=9, help="timed repetitions beside eager; 0 measures no time")
     parser.add_argument("--threads", type=int, default=1)
@@ -109,14 +111,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small models, no timing")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the table from the results")
     given = parser.parse_args()
+    if given.quick:
+        given.models, given.size, given.stock, given.pairs = ["gpt", "resnet"], "small", [], 0
     path: Path = (OUT if given.quick else HERE / "results") / "budgets.json"
     results = Results(path, environment())
     if not given.report:
-        names, size = (("gpt", "resnet"), "small") if given.quick else (given.models, "bench")
-        variants = [(name, dropout) for name in names for dropout in (False, True)]
-        models = [Model(n, size, dropout) for n, dropout in variants if not dropout or zoo.MODELS[n].has_dropout]
-        with Bench(results, 0 if given.quick else given.pairs, given.threads, given.force) as bench:
-            run(bench, models, () if given.quick else given.stock)
+        variants = {"without": (False,), "with": (True,), "both": (False, True)}[given.dropout]
+        chosen = [(name, dropout) for name in given.models for dropout in variants]
+        models = [Model(n, given.size, dropout) for n, dropout in chosen if not dropout or zoo.MODELS[n].has_dropout]
+        with Bench(results, given.pairs, given.threads, given.force) as bench:
+            run(bench, models, given.stock)
     written = table(results.data) + "\n" + "\n".join(f"- {line}" for line in summary(results.data)) + "\n"
     path.with_suffix(".md").write_text(written)
     Console(width=200).print(written, markup=False)

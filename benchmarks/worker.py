@@ -24,7 +24,7 @@ from torch import Tensor
 from memplan.errors import BudgetInfeasibleError
 
 _WARM_UPS = 2
-_PEAKS = 3  # the peak is a property of the step; repeats show that it is
+_PEAKS = 2  # the peak is a property of the step; a repeat shows that it is
 _SAMPLE = 1 << 16  # entries of each gradient that are compared with the float64 reference
 
 
