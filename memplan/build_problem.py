@@ -17,6 +17,7 @@ from torch import fx
 from memplan import torch_compat
 from memplan.capture import (
     Capture,
+    Input,
     input_nodes,
     is_getitem,
     is_random,
@@ -102,8 +103,9 @@ class _Builder:
         primals = [n for n in self.capture.placeholders if not is_tangent(n)]
         known = self.capture.inputs
         for i, node in enumerate(primals):
-            category = known[i] if i < len(known) else Category.INPUT
-            self.buffer_of[node] = self._storages(node, category, str(node.target))
+            given = known[i] if i < len(known) else Input()
+            name = given.name or str(node.target)
+            self.buffer_of[node] = self._storages(node, given.category, name, given.module)
 
     def _phases(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         """Forward nodes first, each part in its stored order; backward is what needs a tangent or is tagged so."""
@@ -170,7 +172,7 @@ class _Builder:
         if owner is not None:
             self.nodes[owner] = (*self.nodes[owner], node)
 
-    def _storages(self, node: fx.Node, category: Category, name: str) -> tuple[int, ...]:
+    def _storages(self, node: fx.Node, category: Category, name: str, module: str = "") -> tuple[int, ...]:
         """The buffers behind a node's tensors; a storage seen for the first time becomes a new buffer."""
         found = []
         parts = list(tensors(node.meta.get("val")))
@@ -180,7 +182,7 @@ class _Builder:
                 size = torch_compat.size_hint(tensor.untyped_storage().nbytes())
                 rounded = -(-size // self.granularity) * self.granularity
                 label = name if len(parts) == 1 else f"{name}.{k}"
-                self.buffers.append(Buffer(label, rounded, category, module_path(node), source_line(node)))
+                self.buffers.append(Buffer(label, rounded, category, module or module_path(node), source_line(node)))
                 self.buffer_at[key] = len(self.buffers) - 1
             found.append(self.buffer_at[key])
         return tuple(dict.fromkeys(found))

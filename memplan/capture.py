@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -20,13 +21,24 @@ from memplan.problem import Category
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 
 
+class Input(NamedTuple):
+    """What a placeholder is to the user."""
+
+    category: Category = Category.INPUT
+    name: str = ""  # path of a parameter or buffer in its model ("h.0.attn.weight"), name of an argument, '' if unknown
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0] if self.category != Category.INPUT else ""
+
+
 @dataclass(frozen=True)
 class Capture:
-    """A captured graph. ``inputs``: category of each placeholder that is no tangent, by position."""
+    """A captured graph. ``inputs``: what each placeholder that is no tangent is, by position."""
 
     graph_module: fx.GraphModule
     forward_outputs: int  # how many of the graph's outputs belong to the forward; all of them for inference
-    inputs: Sequence[Category] = field(default=())
+    inputs: Sequence[Input] = field(default=())
     training: bool = True
 
     @property
