@@ -20,46 +20,119 @@ aten = torch.ops.aten
 
 # oneDNN's descriptors and memory objects of one call: 4 to 36 KB were seen, whatever the shapes.
 _ONEDNN_CALL = 36 * 1024
-# A softmax over an inner dimension works on blocks of this many bytes a thread (at most seen: float32, and narrower).
-_SOFTMAX_BLOCK = {True: 576 * 1024, False: 66 * 1024}
-
-_ONEDNN = {aten.convolution, aten.convolution_backward, aten.gelu, aten.gelu_backward}
-_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.linear}
-_PRODUCTS |= {
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-}
-_SOFTMAX = {aten._softmax, aten._log_softmax, aten._softmax_backward_data, aten._log_softmax_backward_data}
-_RESIZE_BACKWARD = {aten.upsample_nearest2d_backward, aten.upsample_bilinear2d_backward}
+# A softmax over an inner dimension works on blocks of up to this many bytes a thread; narrow: of 2-byte elements.
+_SOFTMAX_BLOCK, _NARROW_SOFTMAX_BLOCK = 66 * 1024, 576 * 1024
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def unseen(described: Signature, threads: int) -> int:
-    """Bytes an aten op's CPU kernel holds that torch's allocator does not hand out: exact, or a bound for softmax."""
-    packet, args, operands = described.target.overloadpacket, described.args, described.operands()
-    if not operands or any(layout.device != "cpu" for layout in operands):
+    """Bytes an aten op's CPU kernel takes straight from malloc: exact, or a bound for oneDNN's objects and softmax.
+
+    Known to be missing: LAPACK's own arrays in singular value decompositions, and oneDNN's in padded 1x1 convolutions.
+    """
+    operands = described.operands()
+    rule = _UNSEEN.get(described.target.overloadpacket)
+    if rule is None or not operands or any(layout.device != "cpu" for layout in operands):
         return 0
-    first = operands[0]
-    narrow = first.dtype in (torch.bfloat16, torch.float16)
-    if packet is aten.convolution_backward and is_plain_product(described, threads):
-        source = operands[1]
-        return source.nbytes // source.shape[0] if args[-1][0] else 0  # one image's gradient, before it is added
-    if packet in _ONEDNN or (packet in _PRODUCTS and narrow):
+    return rule(described, threads)
+
+
+def _onednn(described: Signature, threads: int) -> int:
+    return _ONEDNN_CALL
+
+
+def _narrow_onednn(described: Signature, threads: int) -> int:
+    return _ONEDNN_CALL if described.operands()[0].dtype in _NARROW else 0
+
+
+def _one_image(described: Signature, threads: int) -> int:
+    """Products compute an image's gradient beside the result and then add it."""
+    if not is_plain_product(described, threads):
         return _ONEDNN_CALL
-    if packet in _SOFTMAX and first.shape:
-        dimension = args[2] if packet in (aten._softmax_backward_data, aten._log_softmax_backward_data) else args[1]
-        size = first.shape[dimension]
+    source = described.operands()[1]
+    return source.nbytes // max(1, source.shape[0]) if described.args[-1][0] else 0
+
+
+def _softmax(position: int) -> _Unseen:
+    def rule(described: Signature, threads: int) -> int:
+        first, dimension = described.operands()[0], described.args[position]
+        if not first.shape:
+            return 0
+        size, narrow = first.shape[dimension], first.dtype in _NARROW
         if dimension % len(first.shape) == len(first.shape) - 1:
             return 4 * size * threads if narrow else 0
-        return max(_SOFTMAX_BLOCK[narrow], 256 * size if narrow else 0) * threads
-    if packet in _RESIZE_BACKWARD and narrow and is_channels_last(first):
-        return 4 * prod(args[2][1:]) * threads  # one image's gradient in float32
-    if packet is aten.topk and first.shape:  # a queue of (value, index) over one row
-        return 16 * first.shape[args[2] if len(args) > 2 else -1] * threads
-    if packet is aten.index_add:
-        return 40 * operands[1].numel
-    if packet is aten.embedding_dense_backward and args[4]:  # counts for scale_grad_by_freq
-        return 8 * args[2]
-    return 0
+        return (max(_NARROW_SOFTMAX_BLOCK, 256 * size) if narrow else _SOFTMAX_BLOCK) * threads
+
+    return rule
+
+
+def _float_image(described: Signature, threads: int) -> int:
+    """Channels-last gradients of 2-byte elements are summed in float32, an image at a time."""
+    first = described.operands()[0]
+    return 4 * prod(described.args[2][1:]) * threads if first.dtype in _NARROW and is_channels_last(first) else 0
+
+
+def _row(bytes_per_element: int, position: int | None = None) -> _Unseen:
+    """A copy of one row, along the dimension that the argument at ``position`` names."""
+
+    def rule(described: Signature, threads: int) -> int:
+        shape, args = described.operands()[0].shape, described.args
+        dimension = -1 if position is None or len(args) <= position else args[position]
+        return bytes_per_element * shape[dimension] * threads if shape else 0
+
+    return rule
+
+
+def _transform(described: Signature, threads: int) -> int:
+    """MKL's buffer for the longest of the transformed dimensions."""
+    shape = described.operands()[0].shape
+    return 16 * 1024 + 20 * max((shape[k] for k in described.args[1]), default=0) * threads
+
+
+def _counts(described: Signature, threads: int) -> int:
+    """One count a word where gradients are scaled by frequency."""
+    return 8 * described.args[2] if described.args[4] else 0
+
+
+def _index_lists(described: Signature, threads: int) -> int:
+    return 40 * described.operands()[1].numel
+
+
+def _packed_right(described: Signature, threads: int) -> int:
+    return described.operands()[1].nbytes + _ONEDNN_CALL
+
+
+_Unseen = Callable[[Signature, int], int]
+_UNSEEN: dict[Any, _Unseen] = {
+    aten.convolution: _onednn,
+    aten.convolution_backward: _one_image,
+    aten.gelu: _onednn,
+    aten.gelu_backward: _onednn,
+    aten.mm: _narrow_onednn,
+    aten.mv: _narrow_onednn,
+    aten.addmm: _narrow_onednn,
+    aten.bmm: _narrow_onednn,
+    aten.baddbmm: _narrow_onednn,
+    aten.linear: _narrow_onednn,
+    aten._int_mm: _packed_right,
+    aten._scaled_dot_product_flash_attention_for_cpu: _narrow_onednn,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _narrow_onednn,
+    aten._softmax: _softmax(1),
+    aten._log_softmax: _softmax(1),
+    aten._softmax_backward_data: _softmax(2),
+    aten._log_softmax_backward_data: _softmax(2),
+    aten.upsample_nearest2d_backward: _float_image,
+    aten.upsample_bilinear2d_backward: _float_image,
+    aten.topk: _row(16, 2),
+    aten.median: _row(8, 1),
+    aten.mode: _row(16, 1),
+    aten.multinomial: _row(16),
+    aten.index_add: _index_lists,
+    aten.embedding_dense_backward: _counts,
+    aten._fft_r2c: _transform,
+    aten._fft_c2c: _transform,
+    aten._fft_c2r: _transform,
+}
 
 
 def workspace(described: Signature, made: list[Layout], kind: str, threads: int) -> int:
