@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,47 +15,66 @@ from memplan.solvers.recompute.anneal import anneal, new_best, new_work
 from memplan.solvers.recompute.arrays import Graph, pack
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
 from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
+from memplan.validate import check_sequence
 
 SOLVER = "recompute: sequence annealing"
 DEFAULT = Limits()
-CHUNK = 10_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
+CHUNK = 5_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
+# Rounds of a solve: share of the moves, temperature at its start and end in multiples of an op's mean time; every round
+# starts at the best sequence so far. Hotter starts than 1 forget the start, colder ones than 0.1 keep its order.
+ROUNDS = ((0.6, 0.5, 0.01), (0.4, 0.1, 0.005))
+LOWERINGS = 20  # targets that a search for the lowest peak sets itself one after the other
+FIRST_PRICE = 0.05  # all bytes over the budget of the first sequence together cost this share of the total time
+
+
+def default_moves(ops: int) -> int:
+    """Moves of a solve at work 1: 3 s at 400 ops, 8 s at 3,000, 40 s at 10,000, as a move takes 1 µs + 3 ns an op."""
+    return max(120 * ops, min(2_000_000, max(800_000, 1_000_000_000 // max(1, ops))))
 
 
 class Search:
-    """One problem's state of the search; every budget of a sweep may use the same."""
+    """The state of a search on one problem, and the best sequences it has met."""
 
     def __init__(self, problem: Problem, limits: Limits) -> None:
         self.problem, self.limits = problem, limits
         self.graph: Graph = pack(problem)
-        self.capacity = 4 * len(problem.ops) + 64
-        self.state = new_state(self.graph, self.capacity)
+        capacity = 4 * len(problem.ops) + 64
+        self.state = new_state(self.graph, capacity)
         self.work = new_work(self.graph)
         self.random = np.array([1 + (limits.seed * 7919 + 12345) % 2147483646], np.int64)
         self.deadline = limits.deadline()
-        self.best = new_best(self.capacity)
+        self.best = new_best(capacity)
         self.time = 0.0
+        self.moves = int(limits.work * default_moves(len(problem.ops)))
+        self.typical = max(problem.total_time, 1e-9) / max(1, len(problem.ops))
 
-    def load(self, sequence: Sequence[int], budget: int) -> float:
-        """Make ``sequence`` the current state under ``budget`` bytes beyond the resident ones; returns its time."""
-        self.time = reset(*self.graph, self.state, np.array(sequence, np.int64), len(sequence), budget)
-        return self.time
+    def load(self, sequence: Sequence[int], room: int) -> None:
+        """Make ``sequence`` the current one under a budget of ``room`` bytes beyond the resident ones."""
+        self.time = reset(*self.graph, self.state, np.array(sequence, np.int64), len(sequence), room)
 
     @property
     def peak(self) -> int:
         """Bytes beyond the resident ones that the current sequence holds at most."""
         return int(self.state[LOAD, : self.state[N, LENGTH]].max(initial=0))
 
+    def out_of_time(self) -> bool:
+        return clock.monotonic() > self.deadline
+
     def anneal(self, steps: int, hot: float, cold: float, price: np.ndarray) -> None:
-        """Anneal in chunks until the steps are done, the deadline passes, or the user interrupts."""
+        """Anneal from the current sequence in chunks, until the steps are done or the deadline has passed."""
         chunks = max(1, steps // CHUNK)
         ratio = (cold / hot) ** (1 / chunks)
         for _ in range(chunks):
-            if clock.monotonic() > self.deadline:
+            if self.out_of_time():
                 return
             self.time = anneal(
                 *self.graph, self.state, self.work, self.best, self.time, CHUNK, hot, hot * ratio, price, self.random
             )
             hot *= ratio
+
+    def first_price(self) -> np.ndarray:
+        """What a byte over the budget at one position costs at first."""
+        return np.array([FIRST_PRICE * max(self.problem.total_time, 1e-9) / max(1, int(self.state[N, OVER]))])
 
     def fastest(self) -> tuple[int, ...] | None:
         """The fastest sequence within the budget found so far."""
@@ -66,84 +86,115 @@ class Search:
         """The sequence with the lowest peak found so far."""
         return tuple(int(i) for i in self.best.low_seq[: self.best.low[0]])
 
+    def say(self, text: str) -> None:
+        if self.limits.progress:
+            self.limits.progress(text)
+
 
 def solve_recompute(
     problem: Problem, budget: int, *, limits: Limits = DEFAULT, start: Sequence[int] | None = None
 ) -> Plan:
     """The fastest sequence found whose peak stays within ``budget`` bytes, resident buffers included.
 
-    INFEASIBLE when the budget is below ``peak_bound``; TIMED_OUT, with the lowest-peak sequence found, when no
-    sequence within the budget was found. ``start``: a valid sequence to begin from.
+    ``start``: a valid sequence to begin from (PlanError otherwise); the plan is never slower than it where it fits.
+    INFEASIBLE (proven): the budget is below ``peak_bound``; TIMED_OUT: nothing found; both carry the lowest sequence
+    met and no budget. An interrupt from the keyboard ends the search with the best plan so far.
     """
-    search = Search(problem, limits)
-    room = budget - problem.resident_bytes
     stored = tuple(range(len(problem.ops)))
-    unplanned_time = search.load(stored, room)
-    unplanned_peak = search.peak + problem.resident_bytes
+    unplanned_peak, unplanned_time = check_sequence(problem, stored)
     floor = peak_bound(problem)
 
-    def plan(sequence: Sequence[int], status: Status) -> Plan:
-        time = search.load(sequence, room)
+    def plan(sequence: Sequence[int], status: Status, bound: float) -> Plan:
+        peak, time = check_sequence(problem, tuple(sequence))
         return Plan(
             sequence=tuple(sequence),
             budget=budget if status in (Status.OPTIMAL, Status.FEASIBLE) else None,
-            peak=search.peak + problem.resident_bytes,
+            peak=peak,
             time=time,
-            bound=bound,
+            bound=min(bound, time),
             peak_bound=floor,
             status=status,
+            bound_scope="any order" if bound <= problem.total_time else "order fixed",
             solver=SOLVER,
             unplanned_peak=unplanned_peak,
             unplanned_time=unplanned_time,
         )
 
-    bound = problem.total_time
     if unplanned_peak <= budget:
-        return plan(stored, Status.OPTIMAL)
+        return plan(stored, Status.OPTIMAL, problem.total_time)
     if budget < floor:
-        return plan(stored, Status.INFEASIBLE)
-    bound = recompute_bound(problem, budget)
+        return plan(start or stored, Status.INFEASIBLE, problem.total_time)
+    search = Search(problem, limits)
+    if start is not None:
+        check_sequence(problem, tuple(start))
     try:
-        _search(search, room, start or stored)
+        _search(search, budget - problem.resident_bytes, floor - problem.resident_bytes, start or stored)
     except KeyboardInterrupt:
-        if limits.progress:
-            limits.progress("interrupted: the best plan so far")
+        search.say("interrupted: going on with the best plan so far")
     found = search.fastest()
     if found is None:
-        return plan(search.lowest(), Status.TIMED_OUT)
+        return plan(search.lowest() or stored, Status.TIMED_OUT, problem.total_time)
+    bound = recompute_bound(problem, budget)
+    if len(found) == len(stored):
+        return plan(found, Status.OPTIMAL, problem.total_time)
     time = sum(problem.ops[i].time for i in found)
-    if time < bound:  # only another order can beat a bound for the stored one
-        bound = problem.total_time
-    return plan(found, Status.OPTIMAL if len(found) == len(stored) else Status.FEASIBLE)
+    return plan(found, Status.FEASIBLE, bound if bound <= time else problem.total_time)
 
 
-def _search(search: Search, room: int, start: Sequence[int]) -> None:
-    n = len(search.problem.ops)
-    total = search.problem.total_time
-    moves = int(search.limits.work * 2_000_000)
+def _search(search: Search, room: int, floor: int, start: Sequence[int]) -> None:
+    """Rounds of annealing; where they find nothing within ``room``, lower the peak first and go on from there."""
     search.load(start, room)
-    over = max(1, int(search.state[N, OVER]))
-    price = np.array([0.05 * total / over])
-    typical = total / n
-    search.anneal(moves, 0.5 * typical, 0.005 * typical, price)
+    price = search.first_price()
+    for at, (share, hot, cold) in enumerate(ROUNDS):
+        if at and search.fastest() is None:
+            search.say("nothing fits yet: lowering the peak")
+            _lower(search, max(room, floor), search.lowest(), search.moves // 2)
+            search.best.time[0] = np.inf  # what fits a target above the budget does not count
+            if search.best.low[1] > room:
+                return
+        search.load(search.fastest() or (search.lowest() if at else start), room)
+        search.anneal(int(share * search.moves), hot * search.typical, cold * search.typical, price)
+        search.say(f"round {at + 1} of {len(ROUNDS)}: time {search.best.time[0]:.6g}, lowest peak {search.best.low[1]}")
+
+
+def _lower(search: Search, goal: int, start: Sequence[int], moves: int) -> None:
+    """Anneal against targets that stay a little below the lowest peak found, until ``goal`` bytes are reached.
+
+    A target that was reached moves the next one further down, one that was not, closer.
+    """
+    sequence: Sequence[int] = start
+    step = 0.5
+    for at in range(LOWERINGS):
+        search.load(sequence, 0)
+        lowest = min(search.peak, int(search.best.low[1]))
+        if lowest <= goal or search.out_of_time():
+            return
+        target = max(goal, lowest - max(1, int((lowest - goal) * step)))
+        search.load(sequence, target)
+        price = search.first_price()
+        search.best.time[0] = np.inf
+        search.anneal(moves // LOWERINGS, search.typical, 0.05 * search.typical, price)
+        sequence = search.lowest()
+        step = min(0.5, 1.5 * step) if search.best.low[1] <= target else 0.6 * step
+        search.say(f"lowering {at + 1} of {LOWERINGS}: lowest peak {search.best.low[1]}, target {target}")
 
 
 def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence[int] | None = None) -> Plan:
-    """The sequence with the smallest peak found, whatever its time."""
-    search = Search(problem, limits)
+    """The sequence with the smallest peak found, whatever its time; OPTIMAL where it meets ``peak_bound``."""
     stored = tuple(range(len(problem.ops)))
+    unplanned_peak, unplanned_time = check_sequence(problem, stored)
     floor = peak_bound(problem)
-    total = search.load(stored, 0)
-    unplanned = search.peak + problem.resident_bytes
-    if unplanned > floor:
+    found = stored
+    if start is not None and check_sequence(problem, tuple(start))[0] < unplanned_peak:
+        found = tuple(start)
+    if check_sequence(problem, found)[0] > floor:
+        search = Search(problem, limits)
         try:
-            _lower(search, floor - problem.resident_bytes, start or stored)
+            _lower(search, floor - problem.resident_bytes, found, search.moves)
         except KeyboardInterrupt:
-            if limits.progress:
-                limits.progress("interrupted: the lowest plan so far")
-    found = search.lowest() if search.best.low[0] else stored
-    time = search.load(found, 0)
-    peak = search.peak + problem.resident_bytes
+            search.say("interrupted: going on with the lowest plan so far")
+        found = search.lowest() or found
+    peak, time = check_sequence(problem, found)
     return Plan(
         sequence=found,
         budget=None,
@@ -152,24 +203,30 @@ def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence
         bound=problem.total_time,
         peak_bound=floor,
         status=Status.OPTIMAL if peak <= floor else Status.FEASIBLE,
+        bound_scope="any order",
         solver=SOLVER,
-        unplanned_peak=unplanned,
-        unplanned_time=total,
+        unplanned_peak=unplanned_peak,
+        unplanned_time=unplanned_time,
     )
 
 
-def _lower(search: Search, floor: int, start: Sequence[int]) -> None:
-    """Anneal against a budget that stays a little below the lowest peak found."""
-    rounds = 24
-    typical = search.problem.total_time / len(search.problem.ops)
-    sequence: Sequence[int] = start
-    for k in range(rounds):
-        search.load(sequence, 0)
-        peak = min(search.peak, int(search.best.low[1]))
-        if peak <= floor or clock.monotonic() > search.deadline:
-            return
-        target = max(floor, peak - max(1, int((peak - floor) * 0.5 ** (1 + k / 4))))
-        over_price = np.array([typical / max(1, peak - target)])
-        search.load(sequence, target)
-        search.anneal(int(search.limits.work * 2_000_000 / rounds), typical, 0.05 * typical, over_price)
-        sequence = search.lowest()
+def frontier(problem: Problem, budgets: Iterable[int], *, limits: Limits = DEFAULT) -> list[Plan]:
+    """One plan a budget, in ascending order of budgets, monotone: a larger budget never gives a slower plan, a smaller
+    one never a larger peak.
+
+    Each solve starts from the plan of the budget below, which is valid for it too; a plan that also fits the next
+    smaller budget replaces that one's.
+    """
+    plans: list[Plan] = []
+    ok = (Status.OPTIMAL, Status.FEASIBLE)
+    for budget in sorted(set(budgets)):
+        below = plans[-1] if plans and plans[-1].status in ok else None
+        found = solve_recompute(problem, budget, limits=limits)
+        if below is not None and (found.status not in ok or found.time >= below.time):
+            found = solve_recompute(problem, budget, limits=limits, start=below.sequence)
+        plans.append(found)
+    for at in range(len(plans) - 2, -1, -1):
+        above, plan = plans[at + 1], plans[at]
+        if above.status in ok and plan.budget is not None and above.peak <= plan.budget:
+            plans[at] = replace(above, budget=plan.budget, bound=max(plan.bound, above.bound))
+    return plans
