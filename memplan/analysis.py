@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,10 +17,11 @@ from pathlib import Path
 from platform import machine, python_version, system
 from typing import TYPE_CHECKING, Any
 
+from memplan.decisions import Decision
 from memplan.errors import InputError, LiveBuffer
 from memplan.plans import Plan
 from memplan.problem import SCHEMA_VERSION, Category, Phase, read_schema
-from memplan.program import Program, Step, StepKind, Storage
+from memplan.program import Program, StepKind
 from memplan.simulate import Timeline, simulate
 from memplan.units import parse_bytes
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 WORKSPACE = "workspace"  # bytes that a kernel holds only while it runs; not a buffer's category, counted beside them
 CATEGORIES = (*(str(c) for c in Category), WORKSPACE)
-
-_PLAIN = (StepKind.RUN, StepKind.VIEW, StepKind.FREE)  # steps of a step that nothing was decided about
-_NUMBER = re.compile(r"(?<=[.])\d+(?=$|[.])")
 
 
 @dataclass(frozen=True)
@@ -68,28 +65,15 @@ class ModuleNode:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What a plan does to one family of like buffers (the same op in every layer counts as one family)."""
-
-    kind: str  # "recompute" or the kind of the step that a technique adds
-    what: str  # family of ops, e.g. "softmax"
-    module: str  # path with layer numbers replaced by *
-    source: str
-    count: int  # distinct ops
-    runs: int  # extra runs
-    freed: int  # bytes of theirs that stand at the unplanned peak
-    time: float  # microseconds added
-
-
-@dataclass(frozen=True)
 class FrontierPoint:
-    """One budget tried: the peak and the time of its plan."""
+    """One budget tried: the peak and the time of its plan, and what it decides."""
 
     budget: int
     peak: int
     time: float
     bound: float  # no plan under this budget is faster
     status: str = "feasible"
+    decisions: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +86,7 @@ class Analysis:
     name: str = ""
     target: str = ""  # device profile
     versions: Mapping[str, str] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()  # what the plan does, what frees most first
     frontier: tuple[FrontierPoint, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader must know, e.g. what was not counted
 
@@ -114,6 +99,7 @@ class Analysis:
         *,
         name: str = "",
         target: str = "",
+        decisions: tuple[Decision, ...] = (),
         frontier: tuple[FrontierPoint, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> Analysis:
@@ -124,7 +110,7 @@ class Analysis:
         """
         planned = _with_relative_sources(program)
         before = _with_relative_sources(unplanned) if unplanned else None
-        return cls(planned, plan, before, name, target, environment(), frontier, notes)
+        return cls(planned, plan, before, name, target, environment(), decisions, frontier, notes)
 
     # What is held
 
@@ -182,13 +168,6 @@ class Analysis:
             own[buffer.module] += buffer.size
         return _module_tree(own)
 
-    # What is decided
-
-    @cached_property
-    def decisions(self) -> tuple[Decision, ...]:
-        """What the plan does, by families of like ops, the one that frees most first; empty without a plan."""
-        return decisions(self.program, self.unplanned) if self.unplanned else ()
-
     def fits(self, limit: str | int) -> bool:
         """Whether the step stays within ``limit``: bytes, or text such as "80GiB"."""
         return self.peak_bytes <= parse_bytes(limit)
@@ -235,7 +214,11 @@ class Analysis:
                 name=data["name"],
                 target=data["target"],
                 versions=data["versions"],
-                frontier=tuple(FrontierPoint(**p) for p in data["frontier"]),
+                decisions=tuple(Decision(**d) for d in data["decisions"]),
+                frontier=tuple(
+                    FrontierPoint(**p | {"decisions": tuple(Decision(**d) for d in p["decisions"])})
+                    for p in data["frontier"]
+                ),
                 notes=tuple(data["notes"]),
             )
         except (KeyError, TypeError) as error:
@@ -315,49 +298,6 @@ def timeline(program: Program) -> tuple[Instant, ...]:
             held[program.storages[s].category] -= program.storages[s].size
         clock += step.time
     return tuple(found)
-
-
-def family(name: str) -> str:
-    """The name without the number that tells like ones apart: 'softmax_3' → 'softmax', 'h.3.attn' → 'h.*.attn'."""
-    return _NUMBER.sub("*", name) if "." in name else re.sub(r"(_\d+)+$", "", name)
-
-
-def decisions(planned: Program, unplanned: Program) -> tuple[Decision, ...]:
-    """Compare a planned Program with the unplanned one: the extra steps, by family of op and module.
-
-    A recomputed storage keeps its buffer's name, which is how the two Programs are matched.
-    """
-    replay = simulate(unplanned)
-    standing = {unplanned.storages[s].name: unplanned.storages[s].size for s in replay.alive(replay.peak_step)}
-    groups: dict[tuple[str, str, str], list[Step]] = defaultdict(list)
-    for step in planned.steps:
-        if step.recompute or step.kind not in _PLAIN:
-            first = _subject(planned, step)
-            kind = "recompute" if step.recompute else str(step.kind)
-            groups[kind, family(first.name), family(first.module)].append(step)
-    found = []
-    for (kind, what, module), steps in groups.items():
-        subjects = {planned.storages[s].name for step in steps for s in step.makes or step.reads}
-        ops = {_subject(planned, step).name for step in steps}
-        found.append(
-            Decision(
-                kind=kind,
-                what=what,
-                module=module,
-                source=_subject(planned, steps[0]).source,
-                count=len(ops),
-                runs=len(steps),
-                freed=sum(standing.get(name, 0) for name in subjects),
-                time=sum(step.time for step in steps),
-            )
-        )
-    return tuple(sorted(found, key=lambda d: (-d.freed, d.kind, d.what, d.module)))
-
-
-def _subject(program: Program, step: Step) -> Storage:
-    """The storage that a step is about: the first it makes, else the first it reads."""
-    named = step.makes or step.reads
-    return program.storages[named[0]] if named else Storage(step.name, 0)
 
 
 def _natural(name: str) -> tuple[int, str]:

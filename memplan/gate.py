@@ -18,7 +18,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from memplan.analysis import CATEGORIES, Analysis, family
+from memplan.analysis import CATEGORIES, Analysis
+from memplan.decisions import family
 from memplan.errors import InputError, OptionError
 from memplan.problem import SCHEMA_VERSION, read_schema
 from memplan.units import format_bytes, parse_bytes

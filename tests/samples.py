@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.analysis import Analysis, FrontierPoint
+from memplan.decisions import decisions_of
 from memplan.plans import Plan
 from memplan.problem import Buffer, Category, Op, Phase, Problem
 from memplan.program import Program, Step, StepKind, Storage
@@ -27,7 +28,16 @@ def mlp_problem(layers: int = 4, width: int = 64 * KiB, source: str = "model.py"
         soft = len(buffers)
         buffers.append(Buffer(f"softmax_{k}", 8 * width, Category.ACTIVATION, f"{module}.attn", f"{source}:{30 + k}"))
         ops.append(
-            Op(f"softmax_{k}", "aten.softmax", (hidden,), (soft,), time=5.0, workspace=KiB, module=f"{module}.attn")
+            Op(
+                f"softmax_{k}",
+                "aten.softmax",
+                (hidden,),
+                (soft,),
+                time=5.0,
+                workspace=KiB,
+                module=f"{module}.attn",
+                source=f"{source}:{30 + k}",
+            )
         )
         saved.append((hidden, soft))
     loss = len(buffers)
@@ -104,8 +114,9 @@ def planned_analysis(layers: int = 4, width: int = 64 * KiB, name: str = "mlp") 
     plan = Plan(sequence, peak, peak, time, base_time, unplanned_peak=base, unplanned_time=base_time, solver="test")
     points = (
         FrontierPoint(base, base, base_time, base_time, "optimal"),
-        FrontierPoint((base + peak) // 2, peak, time, base_time, "feasible"),
+        FrontierPoint((base + peak) // 2, peak, time, base_time, "feasible", decisions_of(problem, plan)),
         FrontierPoint(peak, peak, time, base_time, "feasible"),
     )
     planned, unplanned = program_of(problem, sequence), program_of(problem, stored)
-    return Analysis.of(planned, plan, unplanned, name=name, target="cpu", frontier=points)
+    decided = decisions_of(problem, plan)
+    return Analysis.of(planned, plan, unplanned, name=name, target="cpu", decisions=decided, frontier=points)

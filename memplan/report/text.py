@@ -72,16 +72,34 @@ def _branches(tree: Tree, node: ModuleNode, depth: int, smallest: int) -> None:
     if depth == 0:
         return
     rest = 0
-    for child in node.children:
-        if child.total < smallest:
-            rest += child.total
+    for alike in _runs(node.children):
+        child, total = alike[0], sum(c.total for c in alike)
+        if total < smallest:
+            rest += total
             continue
-        branch = tree.add(Text.assemble((f"{format_bytes(child.total):>10}  ", "cyan"), child.name))
+        said = f"{child.name}–{alike[-1].name} ({len(alike)} ×, one of them:)" if len(alike) > 1 else child.name
+        branch = tree.add(Text.assemble((f"{format_bytes(child.total):>10}  ", "cyan"), said))
         _branches(branch, child, depth - 1, smallest)
     if node.own and node.children:
         tree.add(Text.assemble((f"{format_bytes(node.own):>10}  ", "cyan"), ("(itself)", "dim")))
     if rest:
         tree.add(Text.assemble((f"{format_bytes(rest):>10}  ", "cyan"), ("(smaller ones)", "dim")))
+
+
+def _runs(children: tuple[ModuleNode, ...]) -> list[list[ModuleNode]]:
+    """Neighbouring numbered layers that hold the same bytes stand as one."""
+    runs: list[list[ModuleNode]] = []
+    for child in children:
+        if runs and _follows(runs[-1][-1], child):
+            runs[-1].append(child)
+        else:
+            runs.append([child])
+    return runs
+
+
+def _follows(last: ModuleNode, child: ModuleNode) -> bool:
+    numbered = last.name.isdigit() and child.name.isdigit()
+    return numbered and last.total == child.total and int(child.name) == int(last.name) + 1
 
 
 def buffer_table(buffers: tuple[LiveBuffer, ...], of: int) -> Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from memplan.analysis import Analysis, Decision
+from memplan.analysis import Analysis
+from memplan.decisions import Decision
 from memplan.units import format_bytes
 
-_VERB = {"recompute": "recomputing"}
+_VERB = {"recompute": "recomputing", "offload": "moving away"}
+_NAMED = 3  # decisions named of a plan that is only proposed
 _SHOWN = 6  # sentences of advice; the full list is in the JSON
 
 
@@ -38,12 +40,15 @@ def headline(analysis: Analysis) -> str:
 
 def decision_sentence(decision: Decision, whole_time: float) -> str:
     """'recomputing the 12 softmax of h.*.attn frees 1.9 GiB for 1.3 % time'."""
-    verb = _VERB.get(decision.kind, decision.kind)
-    many = f"the {decision.count} " if decision.count > 1 else ""
-    where = f" of {decision.module}" if decision.module else ""
-    what = f"{verb} {many}{decision.what}{where}"
+    what = _doing(decision)
     cost = f"{share(decision.time, whole_time)} time"
     return f"{what} frees {format_bytes(decision.freed)} for {cost}" if decision.freed else f"{what} costs {cost}"
+
+
+def _doing(decision: Decision) -> str:
+    many = f"the {decision.count} " if decision.count > 1 else ""
+    where = f" of {decision.module}" if decision.module else ""
+    return f"{_VERB[decision.kind]} {many}{decision.what}{where}"
 
 
 def advice(analysis: Analysis) -> tuple[str, ...]:
@@ -58,6 +63,12 @@ def outlook(analysis: Analysis) -> tuple[str, ...]:
     whole = analysis.unplanned_time
     said = []
     points = [p for p in analysis.frontier if p.peak < analysis.unplanned_peak_bytes]
+    for point in sorted(points, key=lambda p: -p.peak):
+        if point.decisions and not analysis.plan:
+            doing = ", ".join(_doing(d) for d in point.decisions[:_NAMED])
+            more = f" and {len(point.decisions) - _NAMED} kinds more" if len(point.decisions) > _NAMED else ""
+            cost = share(point.time - whole, whole)
+            said.append(f"Peak {format_bytes(point.peak)} for {cost} more time: {doing}{more}.")
     if points:
         best = min(points, key=lambda p: p.peak)
         said.append(

@@ -7,8 +7,10 @@ import json
 import pytest
 from samples import KiB, mlp_problem, planned_analysis, program_of, recomputing_sequence, unplanned_analysis
 
-from memplan.analysis import Analysis, family, lifetimes, timeline
+from memplan.analysis import Analysis, lifetimes, timeline
+from memplan.decisions import alive_at_peak, decisions_of, family
 from memplan.errors import InputError
+from memplan.plans import Offload, Plan
 from memplan.problem import SCHEMA_VERSION
 from memplan.validate import check_sequence
 
@@ -43,7 +45,21 @@ def test_decisions_say_what_is_recomputed_what_it_frees_and_what_it_costs():
     assert (decision.kind, decision.what, decision.module) == ("recompute", "softmax", "layers.*.attn")
     assert (decision.count, decision.runs, decision.time) == (3, 3, 15.0)
     assert decision.freed == 3 * 8 * 64 * KiB
-    assert decision.source == "model.py:32"
+    assert decision.source == "model.py:30"
+
+
+def test_offloads_are_decisions_too():
+    problem = mlp_problem()
+    stay = Offload(buffer=3, made_at=1, out_from=2, out_until=3, in_from=8, in_until=9, tier="host")
+    plan = Plan(tuple(range(len(problem.ops))), None, 0, 0.0, 0.0, offloads=(stay,))
+    (decision,) = decisions_of(problem, plan)
+    assert (decision.kind, decision.what, decision.count, decision.runs) == ("offload", "softmax", 1, 1)
+
+
+def test_alive_at_peak_adds_up_to_the_peak():
+    problem = mlp_problem()
+    peak, _ = check_sequence(problem, tuple(range(len(problem.ops))))
+    assert peak - KiB <= sum(problem.buffers[b].size for b in alive_at_peak(problem)) <= peak
 
 
 @pytest.mark.parametrize("analysis", [unplanned_analysis(), planned_analysis()], ids=["unplanned", "planned"])
