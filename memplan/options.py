@@ -57,7 +57,7 @@ class Options:
         """Bytes the compiled region may hold; None without a budget."""
         if self.memory_budget is None:
             return None
-        return parse_budget(self.memory_budget, unplanned_peak) - int(self.reserved)
+        return parse_budget(self.memory_budget, unplanned_peak + int(self.reserved)) - int(self.reserved)
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
