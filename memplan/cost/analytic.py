@@ -107,7 +107,7 @@ class AnalyticCost:
         seconds = max(compute, moved)
         if self.profile.kind == "cpu":
             seconds += _cpu_extra(packet, operands, made, held) / self.cores
-        return Cost(self.profile.launch + seconds * 1e6, _round_up(held, self.profile.granularity))
+        return Cost(self.profile.launch + seconds * 1e6, round_up(held, self.profile.granularity))
 
     def _rate(self, operands: list[Layout]) -> float:
         rates = self.profile.flops
@@ -187,5 +187,6 @@ def _order(layout: Layout) -> tuple[int, ...]:
     return tuple(order) if len(order) > 1 else ()
 
 
-def _round_up(size: int, granularity: int) -> int:
+def round_up(size: int, granularity: int) -> int:
+    """Bytes as an allocator hands them out."""
     return -(-size // granularity) * granularity

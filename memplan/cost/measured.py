@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 
 from memplan.cost import Cost
-from memplan.cost.analytic import AnalyticCost, is_view
+from memplan.cost.analytic import AnalyticCost, is_view, round_up
 from memplan.cost.cache import Cache
 from memplan.cost.signature import Layout, Signature, results, signature
 from memplan.cost.workspace import unseen
@@ -38,6 +39,8 @@ _SHORT_S = 1e-3
 _BLOCK = 1 << 16
 # What an aten op that dislikes its made-up operands, or finds no memory, raises.
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
+# Two compiles at once would disturb each other's times, and restore each other's generators.
+_ALONE = threading.Lock()
 _UNMEASURABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -103,8 +106,10 @@ def measure(described: Signature, granularity: int) -> Cost:
     buffer is, plus what the kernel is known to take past the allocator.
     """
     touched = {layout.device for layout in described.operands()}
+    touched |= {value.type for _, value in described.kwargs if isinstance(value, torch.device)}  # factories name theirs
     gpus = [torch.cuda.current_device()] if "cuda" in touched else []
-    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+    is_random = torch.Tag.nondeterministic_seeded in described.target.tags
+    with _ALONE, torch.no_grad(), torch.random.fork_rng(devices=gpus, enabled=is_random):
         bound = index_bound(described)
         args = _materialize(described.args, bound)
         kwargs = {name: _materialize(value, bound) for name, value in described.kwargs}
@@ -192,13 +197,15 @@ def synthetic(layout: Layout, bound: int = 1) -> torch.Tensor:
 
 
 def _block(layout: Layout, size: int, bound: int) -> torch.Tensor | None:
-    """Random elements of a dtype; None where zeros are all there is to say."""
+    """Random elements of a dtype, the same each time; None where zeros are all there is to say."""
+    generator = torch.Generator(layout.device).manual_seed(0)  # the user's own is left alone
+    draw: dict[str, Any] = {"generator": generator, "device": layout.device}
     if layout.dtype.is_floating_point:
-        return (1 - torch.rand(size, device=layout.device)).to(layout.dtype)
+        return (1 - torch.rand(size, **draw)).to(layout.dtype)
     if layout.dtype == torch.bool:
-        return torch.rand(size, device=layout.device) > 0.5
+        return torch.rand(size, **draw) > 0.5
     if layout.dtype in (torch.int64, torch.int32) and bound > 1:
-        return torch.randint(bound, (size,), dtype=layout.dtype, device=layout.device)
+        return torch.randint(bound, (size,), dtype=layout.dtype, **draw)
     return None
 
 
@@ -238,7 +245,3 @@ def _cpu_name() -> str:
     except OSError:
         return "cpu"
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
-def round_up(size: int, granularity: int) -> int:
-    return -(-size // granularity) * granularity

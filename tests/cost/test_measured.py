@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,32 @@ def test_nothing_of_the_users_state_is_touched() -> None:
     assert cost.time > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert not any("bernoulli" in event.name for event in profiler.events())
+
+
+def test_random_ops_leave_the_generator_as_it_was() -> None:
+    x = torch.rand(64, 64)
+    for call in (
+        lambda x: aten.native_dropout.default(x, 0.5, True)[0],
+        lambda x: aten.rand_like.default(x),
+        lambda x: aten.normal_functional.default(x),
+        lambda x: aten.multinomial.default(x, 3),
+        lambda x: aten.randperm.default(64),
+        lambda x: aten.rrelu_with_noise_functional.default(x, x, 0.1, 0.3, True)[0],
+        lambda x: aten.mm.default(x, x),
+    ):
+        node = only(call, x)
+        state = torch.get_rng_state()
+        assert model().cost(node).time > 0
+        assert torch.equal(torch.get_rng_state(), state), node.target
+
+
+def test_two_threads_may_plan_at_once() -> None:
+    node = only(lambda x: aten.bernoulli.p(x, 0.5), torch.rand(256, 256))
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        costs = list(pool.map(lambda _: measure(signature(node), 64), range(8)))
+    assert len({cost.workspace for cost in costs}) == 1
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_second_model_and_a_second_process_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
