@@ -95,7 +95,7 @@ class MeasuredCost:
             and target.namespace in ("aten", "prims")
             and not _UNMEASURABLE.intersection(target.tags)
             and "_assert" not in target._opname
-            and all(layout.device == self.profile.kind for layout in touched)
+            and all(layout.device == self.profile.kind or not layout.shape for layout in touched)  # scalars mix
         )
 
 

@@ -1,5 +1,7 @@
 """The roofline: FLOPs, bytes, launches, and its order of magnitude."""
 
+from typing import Any
+
 import torch
 from graphs import calls, only, trace
 from hypothesis import given
@@ -119,7 +121,14 @@ def test_arguments_by_name_count_as_by_position() -> None:
     source, weight = graph.placeholder("x"), graph.placeholder("w")
     source.meta["val"], weight.meta["val"] = x, w
     rest = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "transposed": False}
-    named = {"input": source, "weight": weight, "bias": None, **rest, "output_padding": [0, 0], "groups": 1}
+    named: dict[str, Any] = {
+        "input": source,
+        "weight": weight,
+        "bias": None,
+        **rest,
+        "output_padding": [0, 0],
+        "groups": 1,
+    }
     by_name = graph.call_function(aten.convolution.default, (), named)
     by_position = graph.call_function(aten.convolution.default, tuple(named.values()))
     assert signature(by_name) == signature(by_position)

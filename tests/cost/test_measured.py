@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.cost import Cost, cost_model, measured
 from memplan.cost.measured import MeasuredCost, measure, synthetic
-from memplan.cost.signature import describe, signature
+from memplan.cost.signature import Signature, describe, signature
 from memplan.devices import profile_for
 from memplan.errors import OptionError
 
@@ -124,7 +124,12 @@ def test_a_second_model_and_a_second_process_measure_nothing(monkeypatch: pytest
 
 def test_one_measurement_serves_every_op_of_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    monkeypatch.setattr(measured, "measure", lambda s, g: counted.append(s) or Cost(1.0, 0))
+
+    def count(described: Signature, granularity: int) -> Cost:
+        counted.append(described)
+        return Cost(1.0, 0)
+
+    monkeypatch.setattr(measured, "measure", count)
     graph = trace(lambda x: (x + x) * (x + 1.0) + (x + x), torch.rand(8, 8))
     found = model()
     assert all(found.cost(node).time == 1.0 for node in calls(graph))
