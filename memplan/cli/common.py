@@ -69,10 +69,10 @@ def emit(text: str) -> None:
 
 
 def show(view: RenderableType) -> None:
-    """A rich view on stdout: coloured in a terminal, plain and 110 columns wide in a pipe."""
+    """A rich view on stdout: coloured in a terminal, plain and 140 columns wide in a pipe."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
     Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False).print(view)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memplan.analysis import Analysis
 
 Depth = Annotated[int, typer.Option(min=0, help="Levels of the module tree.")]
+_ADVICE_EFFORT = 0.1  # of the solvers' default: a proposal need not be the best plan, and should come at once
 Why = Annotated[bool, typer.Option("--why", help="List every buffer alive at the peak.")]
 
 
@@ -38,6 +39,7 @@ def analyze(
     inputs: Inputs = None,
     target: Target = None,
     limit: Annotated[str | None, typer.Option(help="Exit with 1 when the peak is over it, e.g. 24GiB.")] = None,
+    advice: Annotated[bool, typer.Option(help="Plan two smaller budgets, to say what would help.")] = True,
     depth: Depth = 2,
     why: Why = False,
     fmt: FormatOption = Format.TABLE,
@@ -54,7 +56,16 @@ def analyze(
     check_output(output, force)
     if limit is not None:
         parse_bytes(limit)
-    analysis = analyse(entry, train=train, optimizer=optimizer, inputs=inputs, target=target)
+    points, effort = (3, _ADVICE_EFFORT) if advice else (0, None)
+    analysis = analyse(
+        entry,
+        train=train,
+        optimizer=optimizer,
+        inputs=inputs,
+        target=target,
+        frontier_points=points,
+        effort=effort,
+    )
     verdict = judge(entry, analysis, limit=limit)
     if output:
         analysis.export(output)
@@ -182,6 +193,7 @@ def analyse(
     memory_budget: str | int | None = None,
     time_limit: float | None = None,
     frontier_points: int = 0,
+    effort: float | None = None,
 ) -> Analysis:
     """Load an entry and analyse it; says on stderr that its code runs."""
     from memplan.cli.entry import load_entry
@@ -202,6 +214,7 @@ def analyse(
             memory_budget=memory_budget,
             time_limit=time_limit,
             frontier_points=frontier_points,
+            effort=effort,
             name=entry,
             progress=say,
         )

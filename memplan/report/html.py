@@ -13,11 +13,12 @@ from memplan.analysis import CATEGORIES, Analysis, Instant, Lifetime, ModuleNode
 from memplan.problem import Phase
 from memplan.program import Program
 from memplan.report.interchange import first_fit
-from memplan.report.words import advice, format_time, headline, share
+from memplan.report.words import advice, decision_sentence, format_time, headline, share
 from memplan.units import format_bytes
 
 _POINTS = 4000  # steps drawn; a browser stays smooth, and a screen is narrower than that
 _RECTANGLES = 1500  # buffers drawn in the map, the largest of size × lifetime
+_SENTENCES = 8  # decisions told of each budget
 _ROWS = 500  # buffers listed; the JSON export has all
 # Okabe and Ito's palette, which people with any common colour blindness can tell apart; grey for workspace and inputs.
 _COLORS = {
@@ -95,6 +96,7 @@ def payload(analysis: Analysis) -> dict[str, Any]:
             "peak": [p.peak for p in points],
             "time": [p.time for p in points],
             "status": [p.status for p in points],
+            "does": [[decision_sentence(d, analysis.unplanned_time) for d in p.decisions[:_SENTENCES]] for p in points],
         },
     }
 
@@ -202,7 +204,8 @@ def _frontier(analysis: Analysis) -> str:
         '<section aria-labelledby="h-frontier"><h2 id="h-frontier">Peak against time</h2>'
         f'<p class="controls"><label>Budget <input type="range" id="budget" min="0" max="{last}" value="{last}"></label>'
         '<output id="budget-says" for="budget"></output></p>'
-        '<div id="frontier" class="chart" role="img" aria-label="Time against peak, one point a budget"></div></section>'
+        '<div id="frontier" class="chart" role="img" aria-label="Time against peak, one point a budget"></div>'
+        '<ul class="advice" id="budget-does" aria-live="polite"></ul></section>'
     )
 
 

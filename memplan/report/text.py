@@ -14,7 +14,7 @@ from memplan.errors import LiveBuffer
 from memplan.report.words import decision_sentence, format_time, headline, outlook, share
 from memplan.units import format_bytes
 
-_WIDTH = 110  # of a text file; a terminal's own width is used there
+_WIDTH = 140  # of a text file; a terminal's own width is used there
 _TOP = 10  # buffers shown without --why
 _SMALL = 0.01  # modules below this share of the peak are summed up
 

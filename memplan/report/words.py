@@ -7,6 +7,7 @@ from memplan.decisions import Decision
 from memplan.units import format_bytes
 
 _VERB = {"recompute": "recomputing", "offload": "moving away"}
+_PROPOSED = 3  # plans proposed in words
 _NAMED = 3  # decisions named of a plan that is only proposed
 _SHOWN = 6  # sentences of advice; the full list is in the JSON
 
@@ -45,6 +46,12 @@ def decision_sentence(decision: Decision, whole_time: float) -> str:
     return f"{what} frees {format_bytes(decision.freed)} for {cost}" if decision.freed else f"{what} costs {cost}"
 
 
+def _summary(decided: tuple[Decision, ...]) -> str:
+    rest = len(decided) - _NAMED
+    more = f" and {rest} more kind{'s' if rest > 1 else ''} of op" if rest > 0 else ""
+    return ", ".join(_doing(d) for d in decided[:_NAMED]) + more
+
+
 def _doing(decision: Decision) -> str:
     many = f"the {decision.count} " if decision.count > 1 else ""
     where = f" of {decision.module}" if decision.module else ""
@@ -62,18 +69,14 @@ def outlook(analysis: Analysis) -> tuple[str, ...]:
     """What more could be had, and what cannot, beyond the plan's own decisions."""
     whole = analysis.unplanned_time
     said = []
-    points = [p for p in analysis.frontier if p.peak < analysis.unplanned_peak_bytes]
-    for point in sorted(points, key=lambda p: -p.peak):
-        if point.decisions and not analysis.plan:
-            doing = ", ".join(_doing(d) for d in point.decisions[:_NAMED])
-            more = f" and {len(point.decisions) - _NAMED} kinds more" if len(point.decisions) > _NAMED else ""
-            cost = share(point.time - whole, whole)
-            said.append(f"Peak {format_bytes(point.peak)} for {cost} more time: {doing}{more}.")
-    if points:
-        best = min(points, key=lambda p: p.peak)
-        said.append(
-            f"The smallest peak found is {format_bytes(best.peak)}, for {share(best.time - whole, whole)} more time."
-        )
+    points = sorted((p for p in analysis.frontier if p.peak < analysis.unplanned_peak_bytes), key=lambda p: -p.peak)
+    for point in points:
+        smallest = point is points[-1]
+        if not smallest and (analysis.plan or len(points) > _PROPOSED):
+            continue  # a plan has been chosen, or a table shows the whole range
+        least = " (the smallest found)" if smallest else ""
+        doing = f": {_summary(point.decisions)}" if point.decisions else ""
+        said.append(f"Peak {format_bytes(point.peak)}{least} for {share(point.time - whole, whole)} more time{doing}.")
     held = analysis.breakdown
     largest = max(held, key=lambda c: held[c], default="")
     if largest in ("parameter", "optimizer") and 2 * held[largest] > analysis.peak_bytes:

@@ -130,6 +130,7 @@ def test_the_budget_slider_moves(report):
     slider = report.find_element("id", "budget")
     before = text_of(report, "#budget-says")
     slider.send_keys(Keys.ARROW_LEFT)
+    assert "recomputing the 5 softmax" in text_of(report, "#budget-does")
     slider.send_keys(Keys.ARROW_LEFT)
     assert text_of(report, "#budget-says") != before and "+0.00 % time" in text_of(report, "#budget-says")
 

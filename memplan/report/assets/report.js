@@ -144,12 +144,13 @@
   // The map of buffers: a rectangle each, at the address that a first-fit layout gives it
 
   function drawMap() {
+    const outline = data.map.length > 200 ? 0 : 0.5; // outlines would cover thin rectangles
     const traces = data.categories.map((c, k) => {
       const mine = data.map.filter(([life]) => data.storages[data.lives[life][0]][2] === k);
       const life = mine.map(([l]) => data.lives[l]);
       const storage = life.map(([s]) => data.storages[s]);
       return { type: "bar", name: c.name, x: life.map(([, from, to]) => (from + to) / 2), width: life.map(([, from, to]) => to - from), base: mine.map(([, offset]) => offset), y: storage.map((s) => s[1]),
-        marker: { color: c.color, line: { width: 0.5, color: ink("--ground") } },
+        marker: { color: c.color, line: { width: outline, color: ink("--ground") } },
         customdata: storage.map((s, i) => [s[0], bytes(s[1]), s[3] || "no module", s[4] || "no source line", life[i][1], life[i][2]]),
         hovertemplate: "<b>%{customdata[0]}</b> %{customdata[1]}<br>%{customdata[2]}<br>%{customdata[3]}<br>steps %{customdata[4]} to %{customdata[5]}<extra>" + c.name + "</extra>" };
     }).filter((t) => t.x.length);
@@ -163,7 +164,7 @@
     Plotly.react("modules", [{ type: "icicle", ids: m.path, labels: m.name, parents: m.parent, values: m.total, branchvalues: "total", customdata: m.total.map(bytes), tiling: { orientation: narrow.matches ? "v" : "h" },
       texttemplate: "%{label} %{customdata}", hovertemplate: "<b>%{id}</b><br>%{customdata}, %{percentRoot} of the peak<extra></extra>", sort: false, maxdepth: narrow.matches ? 3 : 5,
       marker: { colorscale: dark.matches ? [[0, "#23405f"], [1, "#5b9bd5"]] : [[0, "#dbe9f7"], [1, "#6ba3d6"]], colors: m.total, line: { color: ink("--ground"), width: 1 } } }],
-      layout({ margin: { l: 4, r: 4, t: 4, b: 4 } }), withButtons("toImage"));
+      layout({ margin: { l: 4, r: 4, t: 4, b: 4 }, uniformtext: { minsize: 9, mode: "hide" } }), withButtons("toImage"));
   }
 
   // Peak against time, and the slider over its budgets
@@ -184,6 +185,11 @@
     }), config);
     byId("budget-says").textContent = hover[chosen].replace(/<br>/g, ", ");
     byId("budget").setAttribute("aria-valuetext", byId("budget-says").textContent);
+    byId("budget-does").replaceChildren(...f.does[chosen].map((sentence) => {
+      const item = document.createElement("li");
+      item.textContent = sentence;
+      return item;
+    }));
   }
 
   function filterPeak() {
