@@ -21,7 +21,7 @@ import torch
 from meter import Meter, interposed_environment
 
 from memplan.cost.analytic import AnalyticCost
-from memplan.cost.measured import measure
+from memplan.cost.measured import measure_whole
 from memplan.cost.signature import Signature, describe, layouts
 from memplan.devices import profile_for
 
@@ -207,7 +207,7 @@ def compare(case: Case, meter: Meter, estimate: AnalyticCost) -> dict[str, Any]:
     signature = Signature(case.op, describe(case.args), tuple((k, describe(v)) for k, v in case.kwargs.items()))
     true, peak = true_workspace(case, meter)
     made = layouts(describe(case.op(*case.args, **case.kwargs)))
-    measured = measure(signature, estimate.profile.granularity)
+    measured = measure_whole(signature, estimate.profile.granularity)
     guessed = estimate.estimate(signature, made)
     return {
         "op": case.name,

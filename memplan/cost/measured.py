@@ -78,14 +78,14 @@ class MeasuredCost:
         text = repr(tuple(described))
         known = self.cache.get(text)
         if known is not None:
-            return Cost(known[0], int(known[1]))
+            return _whole(described, Cost(known[0], int(known[1])), self.profile.granularity)
         try:
             measured = self._worker.submit(measure, described, self.profile.granularity).result()
         except _REFUSALS as error:
             log.debug("cost of %s: estimated, it cannot run on made-up operands: %s", node.target, error)
             return self.fallback.estimate(described, made)
         self.cache.put(text, (measured.time, measured.workspace))
-        return measured
+        return _whole(described, measured, self.profile.granularity)
 
     def _is_measurable(self, described: Signature, made: list[Layout]) -> bool:
         target = described.target
@@ -99,11 +99,21 @@ class MeasuredCost:
         )
 
 
+def measure_whole(described: Signature, granularity: int) -> Cost:
+    """What ``measure`` finds, and what the kernel is known to take past the allocator."""
+    return _whole(described, measure(described, granularity), granularity)
+
+
+def _whole(described: Signature, measured: Cost, granularity: int) -> Cost:
+    beyond = unseen(described, torch.get_num_threads())
+    return Cost(measured.time, round_up(measured.workspace + beyond, granularity))
+
+
 def measure(described: Signature, granularity: int) -> Cost:
     """Run the op on made-up operands: its median time in microseconds and its workspace in bytes.
 
     Workspace is the peak of the allocator's events over the results, every result rounded up to ``granularity`` as its
-    buffer is, plus what the kernel is known to take past the allocator.
+    buffer is.
     """
     touched = {layout.device for layout in described.operands()}
     touched |= {value.type for _, value in described.kwargs if isinstance(value, torch.device)}  # factories name theirs
@@ -124,7 +134,7 @@ def measure(described: Signature, granularity: int) -> Cost:
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(made))}
         del made
         kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
-        held = max(0, max(accumulate(events), default=0) - kept) + unseen(described, torch.get_num_threads())
+        held = max(0, max(accumulate(events), default=0) - kept)
         found = Cost(_median_time(run, bool(gpus)), round_up(held, granularity))
         if gpus:
             clear_blas_workspaces()
