@@ -109,11 +109,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="measure rows again that the results hold already")
     parser.add_argument("--quick", action="store_true", help="two small models, no timing")
+    parser.add_argument(
+        "--out", type=Path, help="results file; default results/budgets.json, or out/budgets.json for --quick"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing; write the table from the results")
     given = parser.parse_args()
     if given.quick:
         given.models, given.size, given.stock, given.pairs = ["gpt", "resnet"], "small", [], 0
-    path: Path = (OUT if given.quick else HERE / "results") / "budgets.json"
+    path: Path = given.out or (OUT if given.quick else HERE / "results") / "budgets.json"
     results = Results(path, environment())
     if not given.report:
         variants = {"without": (False,), "with": (True,), "both": (False, True)}[given.dropout]

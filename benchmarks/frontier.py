@@ -78,6 +78,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="measure points again that the results hold already")
     parser.add_argument("--quick", action="store_true", help="two small models, few contenders, 3 pairs")
+    parser.add_argument(
+        "--out", type=Path, help="results file; default results/frontier.json, or out/frontier.json for --quick"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing; write the report from the results")
     given = parser.parse_args()
     if given.quick:
@@ -88,7 +91,7 @@ def main() -> None:
             5,
             3,
         )
-    path: Path = (OUT if given.quick else HERE / "results") / "frontier.json"
+    path: Path = given.out or (OUT if given.quick else HERE / "results") / "frontier.json"
     results = Results(path, environment())
     if not given.report:
         with Bench(results, given.pairs, given.threads, given.force) as bench:
