@@ -34,15 +34,16 @@ START, END, FIRST, LAST, AFTER, OWNER = range(6)
 
 
 @njit(cache=True, nogil=True)
-def lift(j, at, end, pool, off, size, lo, hi):
-    """Lowest top on which buffer j, at pool[at], could rest among the open ones of its cell; a huge number if none."""
+def lift(j, start, end, pool, off, size, lo, hi, reg):
+    """Lowest top on which buffer j could rest among pool[start:end], the open ones of its cell; huge if there is none."""
     lowest = np.int64(1) << 62
-    for q in range(at, end):
+    q = start
+    while q < end and off[pool[q]] < lowest:
         k = pool[q]
-        if off[k] >= lowest:
-            break
-        if k != j and lo[k] < hi[j] and lo[j] < hi[k] and off[k] + size[k] < lowest:
-            lowest = off[k] + size[k]
+        if k != j and lo[k] < hi[j] and lo[j] < hi[k]:
+            lowest = min(lowest, off[k] + size[k])
+        q += 1
+    reg[WORK] += q - start
     return lowest
 
 
@@ -57,12 +58,12 @@ def settle(cell, cells, pool, off, loose, size, lo, hi, twin, late, placed, trai
     q = start
     while q < end and reg[TRAIL] < len(trail):  # an unfinished sweep leaves valid limits
         j = pool[q]
-        target = np.int64(0)
-        if loose[j]:
-            target = lift(j, start, end, pool, off, size, lo, hi)
         before = twin[j]
-        if before >= 0 and not placed[before] and off[before] + size[before] > target:
-            target = off[before] + size[before]
+        target = np.int64(0)
+        if before >= 0 and not placed[before]:
+            target = off[before] + size[before]  # its twin comes first, and is also something to rest on
+        elif loose[j]:
+            target = lift(j, start, end, pool, off, size, lo, hi, reg)
         if target <= off[j]:
             q += 1
             continue
@@ -161,37 +162,39 @@ def place(
             if top + total[s] > capacity:
                 weight[s] += 1.0
         return False
-    # The open buffers that meet j and whose limit is at most its top go to exactly that: one block in the order.
+    # Open buffers that meet j and whose limit is at most its top go to exactly that: one block in the order, gathered
+    # in the free part of the pool.
     new = reg[POOL]
+    kept, block = new, new + end - start
     t = reg[TRAIL]
-    fits = True
-    kept = new
-    for q in range(start, end):
+    q = start
+    while q < end and off[pool[q]] <= top:
         k = pool[q]
-        if off[k] > top:
-            break
+        q += 1
         if k == j:
             continue
-        if lo[k] < hi[j] and lo[j] < hi[k]:
-            if off[k] < top or loose[k]:
-                trail[t, 0], trail[t, 1], trail[t, 2] = k, off[k], loose[k]
-                t += 1
-                off[k] = top
-                loose[k] = False
-                if top > late[k]:
-                    reg[NEXT] = min(reg[NEXT], top + size[k])
-                    fits = False
-        else:
+        if lo[k] >= hi[j] or lo[j] >= hi[k]:
             pool[kept] = k
             kept += 1
+            continue
+        if off[k] < top or loose[k]:
+            if top > late[k]:
+                reg[NEXT] = min(reg[NEXT], top + size[k])
+                reg[TRAIL] = t
+                return False
+            trail[t, 0], trail[t, 1], trail[t, 2] = k, off[k], loose[k]
+            t += 1
+            off[k] = top
+            loose[k] = False
+        pool[block] = k
+        block += 1
     reg[TRAIL] = t
-    if not fits:
-        return False
-    for q in range(start, end):
-        k = pool[q]
-        if k != j and (off[k] > top or (lo[k] < hi[j] and lo[j] < hi[k])):
-            pool[kept] = k
-            kept += 1
+    for p in range(new + end - start, block):
+        pool[kept] = pool[p]
+        kept += 1
+    for p in range(q, end):
+        pool[kept] = pool[p]
+        kept += 1
     split_cell(cell, new, kept, split, d, cells, pool, lo, cover, total, reg)
     return True
 
@@ -296,7 +299,7 @@ def advance(
             j = frames[owner, BUFFER]
             cell = reg[CELL]
             start, end = cells[cell, START], cells[cell, END]
-            target = lift(j, start, end, pool, off, size, lo, hi)
+            target = lift(j, start, end, pool, off, size, lo, hi, reg)
             if target <= late[j]:
                 at = start
                 while pool[at] != j:

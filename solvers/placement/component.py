@@ -26,6 +26,8 @@ class Component:
     lo: Ints
     hi: Ints
     length: Ints  # lifetime in the problem's own time
+    padding: Ints  # bytes that rounding added to each size
+    unit: int  # bytes
 
     def __len__(self) -> int:
         return len(self.index)
@@ -45,10 +47,28 @@ class Component:
         return int(self.load.max())
 
     @cached_property
+    def fullest(self) -> Ints:
+        """For each buffer the largest load of its sections."""
+        return np.array([self.load[lo:hi].max() for lo, hi in zip(self.lo, self.hi, strict=True)], np.int64)
+
+    def height(self, off: Ints) -> int:
+        """Units that a placement takes."""
+        return int((off + self.size).max())
+
+    def bytes_of(self, off: Ints) -> int:
+        """Bytes that a placement takes: its topmost buffer needs no padding."""
+        return int(((off + self.size) * self.unit - self.padding).max())
+
+    @cached_property
+    def alike(self) -> Ints:
+        """The buffers in an order that puts identical ones side by side."""
+        return np.lexsort((np.arange(len(self)), self.padding, self.size, self.hi, self.lo))
+
+    @cached_property
     def twin(self) -> Ints:
-        """For each buffer the previous one of the same lifetime and size, -1 without one."""
-        order = np.lexsort((np.arange(len(self)), self.size, self.hi, self.lo))
-        key = np.stack([self.lo, self.hi, self.size])[:, order]
+        """For each buffer the previous one of the same sections and size, -1 without one."""
+        order = self.alike
+        key = np.stack([self.lo, self.hi, self.size, self.padding])[:, order]
         same = (key[:, 1:] == key[:, :-1]).all(axis=0)
         twin = np.full(len(self), -1, np.int64)
         twin[order[1:][same]] = order[:-1][same]
@@ -96,14 +116,28 @@ def reduce_problem(problem: PlacementProblem) -> Reduced:
     order = np.argsort(group, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
     components = tuple(
-        Component(taking[m], size[m], lo[m] - lo[m].min(), hi[m] - lo[m].min(), (upper - lower)[m]) for m in members
+        Component(
+            index=taking[m],
+            size=size[m],
+            lo=lo[m] - lo[m].min(),
+            hi=hi[m] - lo[m].min(),
+            length=(upper - lower)[m],
+            padding=(rounded - true_size)[m],
+            unit=unit,
+        )
+        for m in members
     )
-    # The topmost buffer of a section needs no padding, so the rounded load may overstate by the largest padding there.
-    padding = np.zeros(count, np.int64)
-    for i in np.flatnonzero(rounded > true_size):
-        np.maximum(padding[lo[i] : hi[i]], rounded[i] - true_size[i], out=padding[lo[i] : hi[i]])
-    load = sweep(lo, hi, rounded, count) - padding
-    return Reduced(components, unit, max(floor, int(load.max())))
+    return Reduced(components, unit, max(floor, max(_bound_in_bytes(c) for c in components)))
+
+
+def _bound_in_bytes(c: Component) -> int:
+    """The largest load, less what the topmost buffer of a section need not be padded by."""
+    if not c.padding.any():
+        return c.bound * c.unit
+    least = np.zeros(c.sections, np.int64)
+    for lo, hi, padding in zip(c.lo, c.hi, c.padding, strict=True):
+        np.maximum(least[lo:hi], padding, out=least[lo:hi])
+    return int((c.load * c.unit - least).max())
 
 
 def sections_of(lower: Ints, upper: Ints) -> tuple[Ints, Ints]:

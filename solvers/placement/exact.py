@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from memplan.solvers.placement import branch
 from memplan.solvers.placement.component import Component, Ints, sweep
 
-# The section bound is kept on the fullest sections only as far as a node stays cheap: this many memberships cover every
-# section of instances of up to about 1,000 buffers.
-TIGHT_MEMBERSHIPS = 1 << 16
-MOST_ALTERNATIVES = 1 << 22  # entries of the pool and of the trail that keep what a search can return to: 128 MiB
+# The section bound is kept on the fullest sections as far as one dive to a placement stays below this many additions
+# (50 ms): every section for up to about 600 buffers, one for 20,000.
+DIVE_ADDITIONS = 1 << 24
+MOST_ALTERNATIVES = 1 << 21  # entries that keep what a search can return to: some 50 MiB
 NO_LIMIT = np.int64(1) << 62
 
 
@@ -25,7 +25,9 @@ class Search:
         self.component = c
         self.tight = tight_sections(c)
         rank_of = np.concatenate([[0], np.cumsum(np.isin(np.arange(sections), self.tight))]).astype(np.int64)
-        self.tlo, self.thi = rank_of[c.lo], rank_of[c.hi]
+        # Indices in 32 bits: a node's cost is the memory it reads.
+        self.lo, self.hi, self.twin = c.lo.astype(np.int32), c.hi.astype(np.int32), c.twin.astype(np.int32)
+        self.tlo, self.thi = rank_of[c.lo].astype(np.int32), rank_of[c.hi].astype(np.int32)
         self.weight = np.zeros(sections)
         self.off = np.zeros(n, np.int64)
         self.loose = np.zeros(n, np.bool_)
@@ -33,7 +35,7 @@ class Search:
         self.cover = np.zeros(sections, np.int64)
         self.total = np.zeros(sections, np.int64)
         self.above = np.zeros(len(self.tight), np.int64)
-        self.pool = np.zeros(min(n * (n + 4), MOST_ALTERNATIVES) + 4 * n, np.int64)
+        self.pool = np.zeros(min(n * (n + 4), MOST_ALTERNATIVES) + 4 * n, np.int32)
         self.cells = np.zeros((min(n * (n + 4), MOST_ALTERNATIVES // 8) + 4 * n, 6), np.int64)
         self.trail = np.zeros((min(n * (n + 4), MOST_ALTERNATIVES // 2) + 8 * n, 3), np.int64)
         self.frames = np.zeros((n + 1, 5), np.int64)
@@ -42,12 +44,12 @@ class Search:
     def begin(self, capacity: int, late: Ints, rank: Ints) -> None:
         """Start anew: no limits but those of twins, nothing placed, one cell with everything."""
         c, n = self.component, len(self.component)
-        self.capacity, self.late, self.rank = capacity, late, rank
+        self.capacity, self.late, self.rank = capacity, late, rank.astype(np.int32)
         self.complete = True
         self.off[:] = 0
         self.loose[:] = False
         self.placed[:] = False
-        for j in np.lexsort((np.arange(n), c.size, c.hi, c.lo)):  # every twin before its follower
+        for j in c.alike:  # every twin before its follower
             if c.twin[j] >= 0:
                 self.off[j] = self.off[c.twin[j]] + c.size[j]
                 self.loose[j] = True
@@ -67,7 +69,7 @@ class Search:
         c = self.component
         while True:
             outcome = branch.advance(
-                budget, most_fails, self.capacity, c.size, self.late, c.lo, c.hi, c.twin, self.rank,
+                budget, most_fails, self.capacity, c.size, self.late, self.lo, self.hi, self.twin, self.rank,
                 self.tlo, self.thi, self.tight, self.off, self.loose, self.placed, self.cover, self.total, self.above,
                 self.weight, self.pool, self.cells, self.frames, self.trail, self.reg,
             )  # fmt: skip
@@ -111,45 +113,62 @@ class Search:
 
 
 def tight_sections(component: Component) -> Ints:
-    """The fullest sections whose memberships stay within TIGHT_MEMBERSHIPS, in order of time."""
+    """The fullest sections, as many as a dive can afford, in order of time."""
     c = component
     members = sweep(c.lo, c.hi, np.ones(len(c), np.int64), c.sections)
     fullest = np.argsort(-c.load, kind="stable")
-    within = np.cumsum(members[fullest]) <= TIGHT_MEMBERSHIPS
+    within = np.cumsum(members[fullest]) <= DIVE_ADDITIONS // len(c)
     within[0] = True
     return np.sort(fullest[within]).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a search ranks buffers: larger features first, scaled by where earlier searches failed and by noise."""
+    """How a search ranks buffers: by the product of powers of their features, the largest first."""
 
-    features: tuple[str, ...]
-    learning: float = 0.0  # exponent of the relative failure weight of a buffer's sections
+    width: float  # exponent of the number of sections
+    size: float
+    length: float = 0.0  # of the lifetime
+    total: float = 0.0  # of the largest load of its sections
+    learning: float = 0.0  # of how often its sections failed before, relative to the mean
     noise: float = 0.0  # standard deviation of the logarithm
 
 
-FEATURES = {
-    "area": lambda c: c.size * c.length,
-    "width": lambda c: c.hi - c.lo,
-    "size": lambda c: c.size,
-    "total": lambda c: np.array([c.load[a:b].max() for a, b in zip(c.lo, c.hi, strict=True)]),
-}
-BASES = (("width", "area"), ("total", "width", "area"), ("area",), ("width", "size"), ("size", "width"))
+# As they are: nearly lexicographic ones (MiniMalloc's) and plain products. Area alone is the best on large instances.
+FIRST = (
+    Ranking(0, 1, 1),
+    Ranking(1, 0.01, 0.01, 100),
+    Ranking(1, 0.01, 0.01),
+    Ranking(0.01, 1),
+    Ranking(1, 0.3, 0, 5),
+    Ranking(1, 0.3),
+)
+# With learning: no one of these is best on most instances, so restarts take them in turn.
+LEARNT = tuple(
+    Ranking(1, size, 0, total, learning, 0.03)
+    for learning in (1.0, 0.5)
+    for size in (0.0, 0.3, 0.7)
+    for total in (0, 5)
+)
+
+
+def ranking(turn: int) -> Ranking:
+    """The ranking of the turn-th search of a component."""
+    return FIRST[turn] if turn < len(FIRST) else LEARNT[(turn - len(FIRST)) % len(LEARNT)]
 
 
 def ranks(component: Component, ranking: Ranking, weight: NDArray[np.float64], rng: np.random.Generator) -> Ints:
-    """Rank of each buffer under a ranking, 0 first."""
+    """Rank of each buffer under a ranking, 0 first. ``weight``: failures of each section, as far as they count."""
     c = component
-    scale = np.ones(len(c))
+    score = ranking.width * np.log(c.hi - c.lo) + ranking.size * np.log(c.size) + ranking.length * np.log(c.length)
+    if ranking.total:
+        score += ranking.total * np.log(c.fullest)
     if ranking.learning and weight.sum() > 0:
         before = np.concatenate([[0.0], np.cumsum(weight)])
         mean = (before[c.hi] - before[c.lo]) / (c.hi - c.lo)
-        scale = (mean / weight.mean() + 1e-3) ** ranking.learning
-    keys = []
-    for feature in reversed(ranking.features):
-        noise = np.exp(ranking.noise * rng.standard_normal(len(c))) if ranking.noise else 1.0
-        keys.append(-(FEATURES[feature](c) * scale * noise))
+        score += ranking.learning * np.log(mean / weight.mean() + 1e-3)
+    if ranking.noise:
+        score += ranking.noise * rng.standard_normal(len(c))
     rank = np.empty(len(c), np.int64)
-    rank[np.lexsort(keys)] = np.arange(len(c))
+    rank[np.argsort(-score, kind="stable")] = np.arange(len(c))
     return rank

@@ -10,14 +10,14 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def fit_in_order(order, best, limit, lo, hi, size, off, where, ends):
-    """Put each buffer in turn into the lowest gap that holds it, or into the smallest such gap if ``best``.
+def fit_in_order(order, begin, end, best, limit, height, lo, hi, size, off, where, ends):
+    """Put order[begin:end] in turn into the lowest gap that holds each, or into the smallest such gap if ``best``.
 
-    ``where`` (n × 3: lo, hi, offset) and ``ends`` are scratch, kept in order of offset so that one scan meets the
-    gaps of a lifetime from below. Stops and returns a height above ``limit`` as soon as one is certain.
+    ``height`` is that of order[:begin], placed before. ``where`` (n × 3: lo, hi, offset) and ``ends`` hold what is
+    placed, in order of offset, so that one scan meets the gaps of a lifetime from below. Returns the height; stops as
+    soon as it is above ``limit``.
     """
-    height = np.int64(0)
-    for m in range(len(order)):
+    for m in range(begin, end):
         i = order[m]
         first, last, need = lo[i], hi[i], size[i]
         top, spot, least = np.int64(0), np.int64(-1), np.int64(1) << 62
@@ -32,10 +32,9 @@ def fit_in_order(order, best, limit, lo, hi, size, off, where, ends):
         if spot < 0:
             spot = top
         off[i] = spot
-        if spot + need > height:
-            height = spot + need
-            if height > limit:
-                return height
+        height = max(height, spot + need)
+        if height > limit:
+            return height
         p = m
         while p > 0 and where[p - 1, 2] > spot:
             where[p] = where[p - 1]
