@@ -42,6 +42,11 @@ class Component:
         return sweep(self.lo, self.hi, self.size, self.sections)
 
     @cached_property
+    def members(self) -> Ints:
+        """Buffers alive in each section."""
+        return sweep(self.lo, self.hi, np.ones_like(self.lo), self.sections)
+
+    @cached_property
     def bound(self) -> int:
         """The largest load: no placement is lower."""
         return int(self.load.max())

@@ -115,9 +115,8 @@ class Search:
 def tight_sections(component: Component) -> Ints:
     """The fullest sections, as many as a dive can afford, in order of time."""
     c = component
-    members = sweep(c.lo, c.hi, np.ones(len(c), np.int64), c.sections)
     fullest = np.argsort(-c.load, kind="stable")
-    within = np.cumsum(members[fullest]) <= DIVE_ADDITIONS // len(c)
+    within = np.cumsum(c.members[fullest]) <= DIVE_ADDITIONS // len(c)
     within[0] = True
     return np.sort(fullest[within]).astype(np.int64)
 

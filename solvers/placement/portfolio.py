@@ -79,18 +79,18 @@ def minimise(task: Task, goal: int, effort: Effort) -> None:
             task.attempt(task.height - 1, FAILS, k, effort)
     fails, turn = FAILS, 0
     while task.height > max(goal, task.bound) and not effort.spent:
-        low = max(goal, task.bound) - 1  # heights up to here are out of reach in this sweep
-        while task.height - low > 1 + task.height // RESOLUTION and not effort.spent:
-            first = low < max(goal, task.bound)
-            wanted = max(goal, task.bound) if first else (low + task.height) // 2
+        wanted = max(goal, task.bound)
+        while task.height > wanted and not effort.spent:
             outcome = Outcome.PAUSED
             for _ in range(0, len(FIRST), PARALLEL):
                 outcome = task.attempt(wanted, fails if turn >= len(FIRST) else FIRST_FAILS, turn, effort)
                 turn += PARALLEL
                 if outcome != Outcome.PAUSED or effort.spent:
                     break
-            if outcome != Outcome.SOLVED:
-                low = max(wanted, task.bound - 1)
+            low = max(goal, task.bound) - 1 if outcome == Outcome.SOLVED else max(wanted, task.bound - 1)
+            if task.height - low <= 1 + task.height // RESOLUTION:
+                break
+            wanted = (low + task.height) // 2
         fails *= 2
 
 
@@ -140,5 +140,5 @@ def _placement(
         status = Status.TIMED_OUT
     else:
         status = Status.FEASIBLE
-    solvers = sorted({task.solver for task in tasks if task.height * reduced.unit >= bound})
-    return Placement(tuple(offsets.tolist()), height, bound, status, ", ".join(solvers))
+    highest = max(tasks, key=lambda task: task.height, default=None)
+    return Placement(tuple(offsets.tolist()), height, bound, status, highest.solver if highest else "")

@@ -18,7 +18,10 @@ from memplan.solvers.placement.fit import fit_in_order, fit_in_time
 PARALLEL = 2  # searches side by side, on threads without the interpreter lock; part of what fixes a plan
 DEFAULT_WORK = 1_500_000_000  # elementary steps at work = 1; 1e8 to 3e8 of them a second on one core
 SLICE = 4_000_000  # elementary steps between two looks at the clock: 15 to 50 ms
-MOST_FITTED = 5000  # buffers up to which fits in order come first; beyond, one takes longer than a tenth of a second
+MOST_FITTED = (
+    5000  # buffers up to which all fits in order are tried; beyond, each takes longer than a tenth of a second
+)
+MOST_SCANNED = 1_000_000_000  # steps up to which the fit in time runs: about a second
 
 
 class Outcome(IntEnum):
@@ -77,18 +80,33 @@ class Task:
         c, n = self.component, len(self.component)
         if n == 1:
             return
-        off = np.zeros(n, np.int64)
-        fit_in_time(np.lexsort((-c.size, c.hi, c.lo)), c.lo, c.hi, c.size, off, np.zeros(n + 1, np.int64))
-        self.offer(off, "fit in time")
-        where, ends = np.zeros((n, 3), np.int64), np.zeros(n, np.int64)
-        for name, order in fit_orders(c) if n <= MOST_FITTED else ():
-            for best in (False, True):
+        if np.dot(c.members, np.bincount(c.lo, minlength=c.sections)) < MOST_SCANNED:
+            off = np.zeros(n, np.int64)
+            fit_in_time(np.lexsort((-c.size, c.hi, c.lo)), c.lo, c.hi, c.size, off, np.zeros(n + 1, np.int64))
+            self.offer(off, "fit in time")
+        for name, order in fit_orders(c):
+            for best in (True, False):
                 if self.height <= goal or effort.spent:
                     return
-                height = fit_in_order(order, 0, n, best, self.height - 1, 0, c.lo, c.hi, c.size, off, where, ends)
-                effort.use(n * n / 4, self.bytes, self.bound * c.unit)
-                if height < self.height:
-                    self.offer(off, f"{'best' if best else 'first'} fit by {name}")
+                self._fit_in_order(order, best, f"{'best' if best else 'first'} fit by {name}", effort)
+                if n > MOST_FITTED:
+                    return
+
+    def _fit_in_order(self, order: Ints, best: bool, solver: str, effort: Effort) -> None:
+        """One constructive fit, in slices; given up when it cannot beat the best, or when the effort is spent."""
+        c, n = self.component, len(self.component)
+        off, where, ends = np.zeros(n, np.int64), np.zeros((n, 3), np.int64), np.zeros(n, np.int64)
+        begin = height = 0
+        while begin < n:
+            end = min(n, begin + 1 + SLICE // (begin + 1000))
+            height = fit_in_order(
+                order, begin, end, best, self.height - 1, height, c.lo, c.hi, c.size, off, where, ends
+            )
+            effort.use((end - begin) * begin / 4, self.bytes, self.bound * c.unit)
+            if height >= self.height or effort.spent:
+                return
+            begin = end
+        self.offer(off, solver)
 
     def attempt(self, wanted: int, fails: int, turn: int, effort: Effort, late: Ints | None = None) -> Outcome:
         """Searches of up to ``fails`` failed nodes, side by side, for a height of at most ``wanted`` units.
@@ -131,5 +149,5 @@ def fit_orders(c: Component) -> Iterator[tuple[str, Ints]]:
     yield "size and lifetime", np.lexsort((-c.length, -(np.sqrt(c.length) * c.size)))
     yield "size", np.lexsort((-c.length, -c.size))
     yield "width", np.lexsort((-c.size, -(c.hi - c.lo)))
-    yield "area", np.lexsort((-c.length, -(c.size * c.length)))
+    yield "area", np.lexsort((-c.length, -(c.size * c.length.astype(np.float64))))
     yield "start", np.lexsort((-c.size, c.lo))
