@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from memplan.build_problem import TANGENTS
 from memplan.outcome import Limits
 from memplan.problem import Category
-from memplan.program import Program, Step, StepKind
+from memplan.program import Program
 from memplan.solvers.placement import PlacementProblem, check_placement, solve_placement
 
 ALIGNMENT = 64  # bytes; torch's own CPU allocator aligns to it, so kernels choose the same code paths
@@ -21,14 +21,16 @@ _SECONDS = 20.0
 class Layout:
     """Where the storages of one Program stand in its arena, in bytes.
 
-    ``load``: the largest sum of living bytes; no layout is lower than that. ``outside``: the most bytes that the Program holds at one instant
-    beyond its resident storages and the arena: what the caller is handed in the forward, and the gradients it hands in.
+    ``load``: the largest sum of living bytes; no layout is lower. ``outside``: bytes that may be held at one instant
+    beyond the resident storages and the arena: what the caller is handed in the forward, the gradients it hands in, and
+    what a kernel takes past torch's allocator.
     """
 
     offsets: Mapping[int, int]  # storage -> offset
-    workspaces: Mapping[int, int]  # step -> offset of the bytes its kernel may use while it runs
+    workspaces: Mapping[int, tuple[int, int]]  # step -> offset and size of what its kernel may use while it runs
     height: int
     load: int
+    unseen: int  # the part of ``outside`` that kernels take past torch's allocator
     outside: int
 
     @property
@@ -40,12 +42,25 @@ class Layout:
         return sum(program.storages[s].size for s in program.resident) + self.height + self.outside
 
 
-def place(program: Program, limits: Limits | None = None) -> Layout:
-    """Offsets for a joint Program, checked. Forward outputs stay outside: the user may keep them for any time."""
+@dataclass(frozen=True)
+class Region:
+    """Bytes of the arena that a running kernel's temporaries may use until ``until``, on the kernel's clock."""
+
+    offset: int
+    size: int
+    until: float
+
+
+def place(program: Program, workspaces: Mapping[int, int], unseen: int, limits: Limits | None = None) -> Layout:
+    """Offsets for a joint Program, checked. Forward outputs stay outside: the user may keep them for any time.
+
+    ``workspaces``: for a step, the bytes that its kernel takes from torch's allocator while it runs. ``unseen``: the
+    most that any kernel takes past it.
+    """
     outside = set(program.resident) | _handed(program)
     lives = _lives(program)
     placed = [s for s in lives if s not in outside and program.storages[s].size > 0]
-    working = [(at, step.workspace) for at, step in enumerate(program.steps) if _works(step)]
+    working = [(at, size) for at, size in workspaces.items() if size > 0]
     problem = PlacementProblem(
         lower=(*(lives[s][0] for s in placed), *(at for at, _ in working)),
         upper=(*(lives[s][1] for s in placed), *(at + 1 for at, _ in working)),
@@ -57,21 +72,40 @@ def place(program: Program, limits: Limits | None = None) -> Layout:
     count = len(placed)
     return Layout(
         dict(zip(placed, placement.offsets[:count], strict=True)),
-        {at: offset for (at, _), offset in zip(working, placement.offsets[count:], strict=True)},
+        {at: (offset, size) for (at, size), offset in zip(working, placement.offsets[count:], strict=True)},
         placement.height,
         _load(problem),
-        _most(program, lives, outside - set(program.resident)),
+        unseen,
+        _most(program, lives, outside - set(program.resident)) + unseen,
     )
+
+
+def place_temporaries(temporaries: Sequence[tuple[int, float, float]], regions: Sequence[Region]) -> list[int]:
+    """Offsets for a kernel's own allocations ``(size, born, died)``, the largest first; −1 where none fits.
+
+    A kernel's peak may come before its result exists, so the place of the result serves until then, too.
+    """
+    offsets = [-1] * len(temporaries)
+    by_end = sorted(regions, key=lambda region: region.until)  # what serves the shortest is used first
+    for k in sorted(range(len(temporaries)), key=lambda k: -temporaries[k][0]):
+        size, born, died = temporaries[k]
+        meets = [j for j, (_, b, d) in enumerate(temporaries) if offsets[j] >= 0 and b < died and born < d]
+        taken = sorted((offsets[j], offsets[j] + temporaries[j][0]) for j in meets)
+        for region in by_end:
+            at = region.offset
+            for start, end in taken:
+                if start < at + size and at < end:
+                    at = -(-end // ALIGNMENT) * ALIGNMENT
+            if died <= region.until and at + size <= region.offset + region.size:
+                offsets[k] = at
+                break
+    return offsets
 
 
 def _handed(program: Program) -> set[int]:
     """Storages that cross to the user or come from it within the step, gradients of parameters excepted."""
     tangents = {s for step in program.steps if step.name == TANGENTS for s in step.makes}
     return tangents | {s for s, storage in enumerate(program.storages) if storage.category == Category.OUTPUT}
-
-
-def _works(step: Step) -> bool:
-    return step.kind == StepKind.RUN and step.workspace > 0
 
 
 def _lives(program: Program) -> dict[int, tuple[int, int]]:

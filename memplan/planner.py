@@ -6,10 +6,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from memplan import torch_compat
 from memplan.build_problem import BuiltProblem, build_problem
 from memplan.capture import Capture
 from memplan.cost import CostModel
+from memplan.cost.signature import signature
+from memplan.cost.workspace import unseen
 from memplan.errors import BudgetInfeasibleError, LiveBuffer, PlanError
 from memplan.lower import Lowered, lower
 from memplan.options import Options
@@ -101,7 +105,7 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
     tightened = budget
     candidate = planned
     for _ in range(_ARENA_ATTEMPTS):
-        candidate = replace(candidate, layout=place(candidate.lowered.program), budget=budget)
+        candidate = replace(candidate, layout=_layout(candidate.lowered), budget=budget)
         if budget is None or tightened is None or candidate.held <= budget:
             return candidate
         if not options.recompute_enabled:
@@ -116,6 +120,19 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
         candidate = realise(planned.built, replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time))
     log.info("no arena: beside what the caller holds it would not fit the budget")
     return replace(planned, budget=budget)
+
+
+def _layout(lowered: Lowered) -> Layout:
+    """An arena for what torch's allocator hands out; what kernels take past it stays beside."""
+    workspaces: dict[int, int] = {}
+    most = 0
+    for at, (step, binding) in enumerate(zip(lowered.program.steps, lowered.bindings, strict=True)):
+        workspaces[at], node = step.workspace, binding.node
+        if node is not None and isinstance(node.target, torch._ops.OpOverload):
+            past = unseen(signature(node), torch.get_num_threads())
+            workspaces[at] = max(0, step.workspace - past)
+            most = max(most, past)
+    return place(lowered.program, workspaces, most)
 
 
 def _has_symbolic_sizes(capture: Capture) -> bool:

@@ -10,8 +10,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -42,7 +43,6 @@ struct Request {
 
 struct Step {
   std::vector<Request> requests;  // by ordinal
-  size_t workspace = 0, workspace_bytes = 0;  // region for allocations that no request names
 };
 
 struct Script {
@@ -57,12 +57,16 @@ struct Run {
   int64_t ordinal;
 };
 
-constexpr size_t kAlignment = 64;  // what torch's own CPU allocator aligns to
-
 std::mutex guard;  // arenas and everything in them
 std::map<const char*, Arena*> arenas;  // by base address
 thread_local std::vector<Run> runs;  // a kernel may itself run a scripted function
-thread_local std::vector<void*> recorded;
+
+// One allocation of a recorded kernel. Births and deaths are counted on one clock.
+struct Allocation {
+  int64_t address, bytes, born, died;
+};
+thread_local std::vector<Allocation> recorded;
+thread_local int64_t clock_now = 0;
 
 c10::Allocator* fallback() {
   static c10::Allocator* const before = c10::GetCPUAllocator();
@@ -94,18 +98,6 @@ void* occupy(Arena& arena, size_t offset, size_t bytes, bool kept) {
   return arena.base + offset;
 }
 
-// First fit among the living blocks of the running step's workspace.
-void* in_workspace(Arena& arena, const Step& step, size_t bytes) {
-  size_t at = step.workspace;
-  const size_t end = step.workspace + step.workspace_bytes;
-  while (at + bytes <= end) {
-    auto next = arena.live.lower_bound(at + bytes);
-    if (next == arena.live.begin() || std::prev(next)->second.end <= at) return occupy(arena, at, bytes, false);
-    at = (std::prev(next)->second.end + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  return nullptr;
-}
-
 void* planned(Run& run, size_t bytes) {
   const int64_t ordinal = run.ordinal++;
   if (run.arena == nullptr || run.step == nullptr || bytes == 0) return nullptr;
@@ -119,14 +111,21 @@ void* planned(Run& run, size_t bytes) {
     const size_t end = wanted.offset + bytes;
     if (bytes <= static_cast<size_t>(wanted.size) && is_free(arena, wanted.offset, end))
       return occupy(arena, wanted.offset, bytes, wanted.kept != 0);
-  } else if (void* place = in_workspace(arena, *run.step, bytes)) {
-    return place;
   }
   ++arena.refused;
   return nullptr;
 }
 
+void record_death(const void* pointer) {
+  for (auto it = recorded.rbegin(); it != recorded.rend(); ++it)
+    if (it->address == reinterpret_cast<int64_t>(pointer) && it->died == std::numeric_limits<int64_t>::max()) {
+      it->died = clock_now++;
+      return;
+    }
+}
+
 void give_back(void* pointer) {
+  if (!runs.empty() && runs.back().arena == nullptr) record_death(pointer);
   {
     std::lock_guard<std::mutex> lock(guard);
     if (Arena* arena = holding(pointer)) {
@@ -146,7 +145,9 @@ struct PlannedAllocator final : c10::Allocator {
     Run& run = runs.back();
     if (void* place = planned(run, bytes)) return {place, place, &give_back, c10::Device(c10::DeviceType::CPU)};
     c10::DataPtr data = other(bytes);
-    if (run.arena == nullptr) recorded.push_back(data.get());
+    if (run.arena == nullptr)
+      recorded.push_back({reinterpret_cast<int64_t>(data.get()), static_cast<int64_t>(bytes), clock_now++,
+                          std::numeric_limits<int64_t>::max()});
     return data;
   }
   c10::DeleterFnPtr raw_deleter() const override {
@@ -250,12 +251,6 @@ void memplan_script_free(void* script) {
   delete static_cast<Script*>(script);
 }
 
-void memplan_script_workspace(void* script, int64_t step, int64_t offset, int64_t bytes) {
-  Step& at = static_cast<Script*>(script)->steps[step];
-  at.workspace = offset;
-  at.workspace_bytes = bytes;
-}
-
 // Requests of one step come in the order of their ordinals.
 void memplan_script_request(void* script, int64_t step, int64_t ordinal, int64_t size, int64_t offset, int64_t kept) {
   static_cast<Script*>(script)->steps[step].requests.push_back({ordinal, size, offset, kept});
@@ -286,10 +281,14 @@ void memplan_end() {
   if (--arena->active == 0 && arena->closed && arena->live.empty()) destroy(arena);
 }
 
-// Which allocation of the recorded kernel, the last one counting, gave ``pointer``; -1 if none did.
-int64_t memplan_recorded(void* pointer) {
-  for (int64_t k = static_cast<int64_t>(recorded.size()) - 1; k >= 0; --k)
-    if (recorded[k] == pointer) return k;
-  return -1;
+// The allocations of the kernel that was recorded last: address, bytes, born, died. Fills at most ``capacity`` of them
+// and returns how many there are.
+int64_t memplan_recorded(int64_t* found, int64_t capacity) {
+  const int64_t count = static_cast<int64_t>(recorded.size());
+  for (int64_t k = 0; k < std::min(count, capacity); ++k) {
+    const Allocation& a = recorded[k];
+    found[4 * k] = a.address, found[4 * k + 1] = a.bytes, found[4 * k + 2] = a.born, found[4 * k + 3] = a.died;
+  }
+  return count;
 }
 }

@@ -8,6 +8,7 @@ kernels without an ``out=`` form (convolution, normalisation, attention, embeddi
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from memplan.capture import tensors
-from memplan.place import Layout
+from memplan.place import Layout, Region, place, place_temporaries
 from memplan.problem import Category
 from memplan.program import Program, Step, StepKind
 from memplan.runtime import native
@@ -25,6 +26,8 @@ from memplan.runtime import native
 log = logging.getLogger("memplan")
 
 Call = Callable[[list[Any]], Any]
+
+_BEYOND = 1 << 48  # offsets from here on stand for a workspace of any size, while its size is being found
 
 _IDLE, _KEPT, _PENDING = 0, 1, 2  # states of an arena, as arena.cpp counts them; 3: a thread runs in it
 
@@ -39,6 +42,24 @@ class ArenaStatistics:
     unplaced: int  # results whose memory the kernel does not take from torch's allocator, and forward outputs
     placed: int  # allocations served
     refused: int  # allocations whose planned bytes were in use or too few: served by torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an allocation goes; offset −1: where torch puts it. ``kept``: the user may hold it after the step."""
+
+    size: int
+    offset: int
+    kept: bool
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A recorded kernel: the joint Program's step, its allocations, and which of them are which storages."""
+
+    step: int
+    allocations: tuple[native.Allocation, ...]
+    results: dict[int, int]
 
 
 class Pool:
@@ -61,6 +82,7 @@ class Pool:
         self._beyond = layout.height + layout.outside
         self._planned = {step.name: at for at, step in enumerate(program.steps) if step.kind == StepKind.RUN}
         self._parts = self._waiting = parts  # scripts, and those still to be recorded
+        self._scripts: list[Script] = []  # recorded ones, until all are
         self._pending = False  # while recording: a forward has run, its backward has not
         self._off = False
         self._arenas: list[int] = []
@@ -80,22 +102,35 @@ class Pool:
             sum(library.arena_refused(a) for a in self._arenas),
         )
 
-    def places(self, step: Step) -> tuple[int, list[int]] | None:
-        """(index of the joint Program's step, its storages) for a step of the forward's or the backward's Program."""
+    def made_by(self, step: Step) -> tuple[int, tuple[int, ...]] | None:
+        """(the joint Program's step, the storages it makes) for a step of the forward's or the backward's Program."""
         at = self._planned.get(step.name)
-        return None if at is None else (at, list(self._program.steps[at].makes))
+        return None if at is None else (at, self._program.steps[at].makes)
 
-    def storage(self, index: int) -> tuple[int, int, bool]:
-        """(size, offset or −1, whether the user may keep it) of a storage of the joint Program."""
+    def storage(self, index: int) -> Place:
         stored = self._program.storages[index]
-        return stored.size, self.layout.offsets.get(index, -1), stored.category == Category.GRADIENT
+        return Place(stored.size, self.layout.offsets.get(index, -1), stored.category == Category.GRADIENT)
 
-    def workspace(self, at: int) -> tuple[int, int]:
-        return self.layout.workspaces.get(at, 0), self._program.steps[at].workspace
-
-    def recorded(self) -> None:
+    def recorded(self, script: Script) -> None:
+        """Once every part is recorded, see that the layout holds what the kernels take, and write the scripts."""
         with Pool._lock:
+            self._scripts.append(script)
             self._waiting -= 1
+            if self._waiting == 0:
+                self._fit()
+                while self._scripts:
+                    self._scripts.pop().write()
+
+    def _fit(self) -> None:
+        needs = {at: need for script in self._scripts for at, need in script.workspaces().items()}
+        given = self.layout.workspaces
+        if all(need <= given[at][1] if at in given else need == 0 for at, need in needs.items()):
+            return
+        self.layout = place(self._program, needs, self.layout.unseen)
+        self._beyond = self.layout.height + self.layout.outside
+        if self._budget is not None and self._resident + self._beyond > self._budget:
+            log.info("no arena: with what kernels were seen to take it would not fit the budget")
+            self._off = True
 
     def enter(self, script: int, args: Sequence[Any], begins: bool) -> bool:
         """Let this thread run a script in an arena until ``library.end()``; False: run without one."""
@@ -163,6 +198,13 @@ class Pool:
         assert library is not None
         return not self._off and (self._pending or any(library.arena_state(a) >= _PENDING for a in self._arenas))
 
+    def release_idle(self) -> None:
+        library = native.library()
+        assert library is not None
+        for arena in [a for a in self._arenas if library.arena_state(a) == _IDLE]:
+            library.arena_close(arena)
+            self._arenas.remove(arena)
+
     def close(self) -> None:
         library = native.library()
         for arena in self._arenas:
@@ -172,6 +214,16 @@ class Pool:
 
     def __del__(self) -> None:
         self.close()
+
+
+def release_idle() -> None:
+    """Give back every arena in which nothing lives: between steps, where others need the memory or it is measured."""
+    library = native.library()
+    if library is None:
+        return
+    with Pool._lock:
+        for pool in tuple(Pool._all):
+            pool.release_idle()
 
 
 class Script:
@@ -187,6 +239,7 @@ class Script:
         self._kernels = tuple(at if step.kind == StepKind.RUN else -1 for at, step in enumerate(program.steps))
         self._begins = begins
         self._known = False
+        self._kernels_seen: dict[int, _Kernel] = {}
         self.handle = library.script_new(len(program.steps))
 
     def __del__(self) -> None:
@@ -217,22 +270,54 @@ class Script:
             library.end()
         if not in_arena:
             self._known = True
-            self._pool.recorded()
+            self._pool.recorded(self)
 
     def _record(self, at: int, value: Any) -> None:
-        """Learn which allocations of the kernel just run hold its results, and give those their places."""
-        planned = self._pool.places(self._steps[at])
+        """Learn which allocations of the kernel just run hold its results."""
+        planned = self._pool.made_by(self._steps[at])
         if planned is None:
             return
-        joint, made = planned
-        allocations = dict.fromkeys(self._library.recorded(t.untyped_storage().data_ptr()) for t in tensors(value))
-        found = [ordinal for ordinal in allocations if ordinal >= 0]
-        if len(found) != len(made):
+        step, made = planned
+        allocations = native.recorded(self._library)
+        born = {a.address: k for k, a in enumerate(allocations)}  # an address used twice: the last is the result
+        found = dict.fromkeys(born.get(t.untyped_storage().data_ptr(), -1) for t in tensors(value))
+        found.pop(-1, None)
+        if len(found) == len(made):
+            self._kernels_seen[at] = _Kernel(step, tuple(allocations), dict(zip(found, made, strict=True)))
+        else:
             self._pool.unplaced += len(made)
-            return
-        self._library.script_workspace(self.handle, at, *self._pool.workspace(joint))
-        for ordinal, storage in sorted(zip(found, made, strict=True)):
-            size, offset, kept = self._pool.storage(storage)
-            self._library.script_request(self.handle, at, ordinal, size, offset, kept)
-            self._pool.results += offset >= 0
-            self._pool.unplaced += offset < 0
+
+    def workspaces(self) -> dict[int, int]:
+        """For each step of the joint Program the bytes that its kernel needs beyond its results."""
+        return {seen.step: self._temporaries(seen)[1] for seen in self._kernels_seen.values()}
+
+    def write(self) -> None:
+        """Give every allocation seen its place."""
+        for at, seen in self._kernels_seen.items():
+            places = {k: self._pool.storage(storage) for k, storage in seen.results.items()}
+            placed = sum(where.offset >= 0 for where in places.values())
+            self._pool.results += placed
+            self._pool.unplaced += len(places) - placed
+            places |= self._temporaries(seen)[0]
+            for k, where in sorted(places.items()):
+                self._library.script_request(self.handle, at, k, where.size, where.offset, where.kept)
+        self._kernels_seen.clear()
+
+    def _temporaries(self, seen: _Kernel) -> tuple[dict[int, Place], int]:
+        """Places of what a kernel takes for itself, and how many bytes of them lie outside its results' places."""
+        base, _ = self._pool.layout.workspaces.get(seen.step, (0, 0))
+        own = [k for k in range(len(seen.allocations)) if k not in seen.results]
+        spans = [(a.size, a.born, a.died) for a in (seen.allocations[k] for k in own)]
+        regions = []
+        for k, storage in seen.results.items():
+            where = self._pool.storage(storage)
+            if where.offset >= 0:
+                regions.append(Region(where.offset, where.size, seen.allocations[k].born))
+        beyond = Region(_BEYOND + base, _BEYOND, math.inf)
+        offsets = place_temporaries(spans, [*regions, beyond])
+        need = max(
+            (o + size - beyond.offset for o, (size, *_) in zip(offsets, spans, strict=True) if o >= beyond.offset),
+            default=0,
+        )
+        real = [o - _BEYOND if o >= _BEYOND else o for o in offsets]
+        return {k: Place(seen.allocations[k].size, o, kept=False) for k, o in zip(own, real, strict=True)}, need

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -29,13 +30,22 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "arena_of": (_POINTER, (_POINTER,)),
     "script_new": (_POINTER, (_SIZE,)),
     "script_free": (None, (_POINTER,)),
-    "script_workspace": (None, (_POINTER, _SIZE, _SIZE, _SIZE)),
     "script_request": (None, (_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE)),
     "begin": (None, (_POINTER, _POINTER)),
     "step": (None, (_SIZE,)),
     "end": (None, ()),
-    "recorded": (_SIZE, (_POINTER,)),
+    "recorded": (_SIZE, (ctypes.POINTER(_SIZE), _SIZE)),
 }
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One allocation of a recorded kernel; ``born`` and ``died`` on the thread's clock of births and deaths."""
+
+    address: int
+    size: int  # bytes
+    born: int
+    died: int
 
 
 @cache
@@ -53,6 +63,14 @@ def library() -> ctypes.PyDLL | None:
         setattr(loaded, name, function)
     loaded.install()
     return loaded
+
+
+def recorded(loaded: ctypes.PyDLL) -> list[Allocation]:
+    """The allocations of the kernel that this thread recorded last, in order."""
+    count = loaded.recorded(None, 0)
+    numbers = (_SIZE * (4 * count))()
+    loaded.recorded(numbers, count)
+    return [Allocation(*numbers[4 * k : 4 * k + 4]) for k in range(count)]
 
 
 def _built() -> Path:
