@@ -1,0 +1,104 @@
+"""``analyze``, ``plan`` and ``frontier`` on a real model, in process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from memplan.analysis import Analysis
+from memplan.cli import run
+
+pytest.importorskip("torch")
+
+MODEL = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+def build():
+    return Net(), (torch.randn(256, 32),)
+
+def alone():
+    return Net()
+"""
+
+
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEMPLAN_SOLVER_WORK", "0.1")
+    return "train.py:build"
+
+
+def test_analyze_counts_every_byte_and_names_the_lines(entry, capsys):
+    assert run(["analyze", entry, "--no-advice", "--optimizer", "adamw", "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert "executing train.py:build" in captured.err
+    data = json.loads(captured.out)
+    assert data["peak_bytes"] == sum(data["breakdown"].values()) and data["schema_version"] == 1
+    assert data["breakdown"]["optimizer"] == 2 * data["breakdown"]["parameter"]
+    analysis = Analysis.from_json(captured.out)
+    parameters = {b.name: b.module for b in analysis.at_peak if b.category == "parameter"}
+    assert parameters["blocks.0.up.weight"] == "blocks.0.up"
+    assert {b.source for b in analysis.at_peak if b.category == "activation"} == {"train.py:11"}
+
+
+def test_inference_holds_less_and_inputs_may_be_shapes(entry, capsys):
+    peaks = []
+    for line in (["train.py:alone", "--input", "256x32"], ["train.py:alone", "--input", "256x32", "--inference"]):
+        assert run(["analyze", *line, "--no-advice", "--format", "json"]) == 0
+        peaks.append(json.loads(capsys.readouterr().out)["peak_bytes"])
+    assert peaks[1] < peaks[0]
+
+
+def test_analyze_holds_a_limit_and_gives_advice(entry, capsys):
+    assert run(["analyze", entry, "--limit", "1GiB"]) == 0
+    assert "What would help" in capsys.readouterr().out
+    assert run(["analyze", entry, "--limit", "1KiB", "--no-advice", "--format", "github"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("::error file=train.py,line=") and "over the limit" in captured.err
+
+
+def test_plan_within_a_budget_and_its_export(entry, tmp_path, capsys):
+    assert run(["plan", entry, "--memory-budget", "75%", "-o", "plan.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "recomputing" in shown and "gap" in shown
+    analysis = Analysis.load(tmp_path / "plan.json")
+    assert analysis.peak_bytes <= 0.75 * analysis.unplanned_peak_bytes == 0.75 * analysis.plan.unplanned_peak
+    assert analysis.decisions and analysis.peak_bytes == analysis.plan.peak
+    assert run(["export", "plan.json", "--format", "memory-viz"]) == 0
+    assert (tmp_path / "plan.pickle").stat().st_size > 1000
+
+
+def test_a_budget_nothing_fits_is_1_and_says_what_would(entry, capsys):
+    assert run(["plan", entry, "--memory-budget", "10KiB"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "smallest feasible budget" in captured.err and "train.py:" in captured.err
+
+
+def test_frontier_is_monotone_and_drawn(entry, tmp_path, capsys):
+    assert run(["frontier", entry, "--points", "4", "-o", "frontier.html", "--format", "json"]) == 0
+    points = json.loads(capsys.readouterr().out)["frontier"]
+    assert len(points) >= 3 and all(p["bound"] <= p["time"] for p in points)
+    ordered = sorted(points, key=lambda p: p["peak"])
+    assert [p["time"] for p in ordered] == sorted((p["time"] for p in points), reverse=True)
+    assert "Peak against time" in (tmp_path / "frontier.html").read_text()
