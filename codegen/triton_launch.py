@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +20,7 @@ from memplan.codegen.compiled import CompiledRegion
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region
 from memplan.codegen.triton_emit import KernelPlan
-from memplan.codegen.triton_model import choose
+from memplan.codegen.triton_model import plans
 from memplan.errors import UnsupportedError
 
 log = logging.getLogger("memplan.codegen")
@@ -91,6 +93,41 @@ def launch(
     return tuple(outputs)
 
 
+def tuned(region: Region, measure: Callable[[KernelPlan], float] | None = None) -> KernelPlan:
+    """The fastest of the model's short list, measured once on this device and remembered in the cache.
+
+    ``measure``: seconds of one run; None: on CUDA the time there, elsewhere nothing is measured and the model decides.
+    """
+    found = plans(region)
+    if len(found) == 1 or (measure is None and not torch.cuda.is_available()):
+        return found[0]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    known = cache_folder() / f"tile_{region.key}_{hashlib.sha256(device.encode()).hexdigest()[:8]}.json"
+    tiles = [repr(plan.tile) for plan in found]
+    if known.exists() and (best := json.loads(known.read_text())["tile"]) in tiles:
+        return found[tiles.index(best)]
+    times = [(measure or partial(_seconds, region))(plan) for plan in found]
+    best = min(range(len(found)), key=times.__getitem__)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps({"tile": tiles[best], "device": device, "seconds": dict(zip(tiles, times))}))
+    return found[best]
+
+
+def _seconds(region: Region, plan: KernelPlan) -> float:
+    from triton.testing import do_bench
+
+    module = load_module(write_module(module_source(region, plan), region.name))
+    inputs = [
+        torch.ones(1, dtype=t.dtype, device=region.device).as_strided(t.shape, [0] * len(t.shape))
+        for t in region.inputs
+    ]
+    dense = [
+        torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=region.device).copy_(v)
+        for t, v in zip(region.inputs, inputs)
+    ]
+    return do_bench(lambda: launch(region, plan, module, dense), warmup=5, rep=20) / 1e3
+
+
 def compile_triton(region: Region) -> CompiledRegion:
     """The region's kernels, ready to launch; eager, with a debug line, where one loop nest cannot hold the region."""
     if region.key not in _compiled:
@@ -100,7 +137,7 @@ def compile_triton(region: Region) -> CompiledRegion:
 
 def _compile(region: Region) -> CompiledRegion:
     try:
-        plan = choose(region)
+        plan = tuned(region)
     except UnsupportedError as error:
         log.debug("region %s runs eagerly: %s", region.name, error)
         return compile_eager(region)

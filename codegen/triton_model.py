@@ -38,24 +38,25 @@ _MAX_PERSISTENT = 16384  # elements of a row kept in registers; beyond, even 16 
 
 def choose(region: Region, gpu: Gpu = H100) -> KernelPlan:
     """The kernels with the tile the model likes best. Raises UnsupportedError when no tile can hold the region."""
+    return plans(region, gpu)[0]
+
+
+def plans(region: Region, gpu: Gpu = H100) -> list[KernelPlan]:
+    """The kernels for each tile of the short list, best first by the model; those that may spill come last."""
     space = build_space(decompose(region))
     if not space.r and not space.columns:
         space = _square(region, space)
+    found: list[KernelPlan] = []
     reason: UnsupportedError | None = None
-    plans = []
     for tile in candidates(region, space, gpu):
         try:
-            plan = emit(region, tile, space)
+            found.append(emit(region, tile, space))
         except UnsupportedError as error:
             reason = reason or error
-            continue
-        if registers(plan) <= _SPILL:
-            return plan
-        plans.append(plan)
-    if plans:
-        return min(plans, key=registers)
-    assert reason is not None
-    raise reason
+    if not found:
+        assert reason is not None
+        raise reason
+    return sorted(found, key=lambda plan: max(0, registers(plan) - _SPILL))  # stable: the model's order among the rest
 
 
 def _square(region: Region, space: Space) -> Space:

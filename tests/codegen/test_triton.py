@@ -16,8 +16,8 @@ import torch
 from memplan.codegen.region import Region
 from memplan.codegen.triton_check import SHARED_LIMIT, compile_for, moved_bytes
 from memplan.codegen.triton_emit import KernelPlan
-from memplan.codegen.triton_launch import module_source
-from memplan.codegen.triton_model import H100, choose, occupancy, registers
+from memplan.codegen.triton_launch import module_source, tuned
+from memplan.codegen.triton_model import H100, choose, occupancy, plans, registers
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -124,3 +124,13 @@ def test_keeps_nan_and_infinities(tmp_path: Path) -> None:
     ]
     for row in interpret([f"{name}!" for name in names], tmp_path):
         assert row["special"], row
+
+
+def test_the_fastest_tile_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    region, _ = planned("layer_norm_backward")
+    found = plans(region)
+    assert len(found) > 1
+    last = found[-1].tile
+    assert tuned(region, lambda plan: 0.0 if plan.tile == last else 1.0).tile == last
+    assert tuned(region, lambda plan: pytest.fail("measured again")).tile == last
