@@ -1,7 +1,7 @@
 """Order: every op once, in the valid order with the least peak, and a bound on what any order can reach.
 
 An order that meets the bound is returned at once. Otherwise: the best of several list schedules, minimum cuts as a
-stronger bound, and exact search over sets of done ops.
+stronger bound, exact search over sets of done ops, and annealing between a brief and a long exact search.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ __all__ = ["forced_live_bound", "polish_order", "solve_order"]
 DEFAULT = Limits()
 
 
-def solve_order(problem: Problem, *, limits: Limits = DEFAULT) -> Plan:
-    """The plan with the least peak found that runs every op exactly once.
+def solve_order(problem: Problem, *, goal: int = 0, limits: Limits = DEFAULT) -> Plan:
+    """The plan with the least peak found that runs every op exactly once; a peak of ``goal`` bytes is low enough.
 
     ``Plan.peak_bound`` is a bound on the peak of every such plan; ``status`` is OPTIMAL if and only if the peak meets
-    it. Equal limits give equal plans unless ``limits.seconds`` strikes; a plan is at hand after one list schedule.
+    it. Equal limits give equal plans unless ``limits.seconds`` strikes. Time out and Ctrl-C end the search, not the
+    answer: the stored order is at hand from the start. Raises InputError for a problem that is not well formed.
     """
-    search = OrderSearch(build_model(problem), limits)
+    problem.check()
+    search = OrderSearch(build_model(problem), limits, goal)
     unplanned_peak = search.peak
     search.run()
     return Plan(
@@ -44,12 +46,14 @@ def solve_order(problem: Problem, *, limits: Limits = DEFAULT) -> Plan:
     )
 
 
-def polish_order(problem: Problem, sequence: Sequence[int], *, limits: Limits = DEFAULT) -> tuple[int, ...]:
+def polish_order(
+    problem: Problem, sequence: Sequence[int], *, goal: int = 0, limits: Limits = DEFAULT
+) -> tuple[int, ...]:
     """The same runs in an order with the same or a lower peak; ``sequence`` is valid and may recompute.
 
     Every reader keeps the run that it reads from, so forward outputs and what is held to the end stay the same copies.
     """
-    search = OrderSearch(build_model(problem, sequence), limits)
+    search = OrderSearch(build_model(problem, sequence), limits, goal)
     search.run()
     return search.model.sequence(search.order)
 

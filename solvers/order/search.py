@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from memplan.outcome import Limits, relative_gap
 from memplan.solvers.order.bound import cut_bound, forced_live
@@ -15,17 +16,18 @@ from memplan.units import format_bytes
 # Effort at ``Limits.work`` 1, in units that do not depend on the machine.
 CUT_WORK = 2_000_000  # nodes of the graphs whose minimum cuts are taken
 BRIEF_WORK = 1_000_000  # runs that exact search may look at, in each direction: before annealing
-EXACT_WORK = 30_000_000  # and after it
+EXACT_WORK = 20_000_000  # and after it
 WORK_PER_SECOND = 3_000_000  # a slow machine's; 5 to 20 million where this was written
 MOVES = 1_500_000  # of annealing
 TARGETS = (0.03, 0.01)  # how far below the best peak the rounds aim, in turn
 
 
 class OrderSearch:
-    """The best order and the best bound so far. ``closed`` when they meet."""
+    """The best order and the best bound so far; ``closed`` when they meet, ``stopped`` also at ``goal`` bytes."""
 
-    def __init__(self, model: OrderModel, limits: Limits) -> None:
+    def __init__(self, model: OrderModel, limits: Limits, goal: int = 0) -> None:
         self.model = model
+        self.goal = goal
         self.limits = limits
         self.deadline = limits.deadline()
         self.order: Sequence[int] = range(model.n)
@@ -38,7 +40,7 @@ class OrderSearch:
 
     @property
     def stopped(self) -> bool:
-        return self.closed or time.monotonic() > self.deadline
+        return self.peak <= max(self.bound, self.goal) or time.monotonic() > self.deadline
 
     def offer(self, order: Sequence[int], source: str) -> None:
         """Keep a valid order if it is better."""
@@ -53,17 +55,19 @@ class OrderSearch:
             self._tell(source)
 
     def run(self) -> None:
-        """All methods, cheapest first, until the bound is met or the limits are spent."""
-        for method in (
+        """All methods, cheapest first, until the bound or the goal is met, the limits are spent, or Ctrl-C."""
+        methods: tuple[Callable[[], None], ...] = (
             self.list_schedules,
             self.cuts,
             lambda: self.exact(BRIEF_WORK),
             self.anneal,
             lambda: self.exact(EXACT_WORK),
-        ):
-            if self.stopped:
-                return
-            method()
+        )
+        with suppress(KeyboardInterrupt):  # the best order so far is the answer
+            for method in methods:
+                if self.stopped:
+                    return
+                method()
 
     def list_schedules(self) -> None:
         for backward in (True, False):

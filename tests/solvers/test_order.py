@@ -11,10 +11,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.errors import PlanError
+from memplan.errors import InputError, PlanError
 from memplan.outcome import Limits, Status
 from memplan.problem import Buffer, Op, Phase, Problem
 from memplan.solvers.order import forced_live_bound, polish_order, solve_order
@@ -202,3 +203,44 @@ def test_a_large_graph_has_a_plan_at_once() -> None:
     plan = solve_order(problem, limits=Limits(seconds=0))
     validate(problem, plan)
     assert plan.peak_bound <= plan.peak
+
+
+def test_a_goal_ends_the_search() -> None:
+    problem = random_problem(random.Random(11), 150, density=1.5)
+    least = solve_order(problem, limits=Limits(work=0.2))
+    goal = (least.peak + least.unplanned_peak) // 2
+    plan = solve_order(problem, goal=goal)
+    validate(problem, plan)
+    assert least.peak <= plan.peak <= goal
+
+
+def test_interruption_leaves_the_best_order_so_far() -> None:
+    problem = random_problem(random.Random(11), 150, density=1.5)
+
+    def interrupt(line: str) -> None:
+        if "list schedule" in line:
+            raise KeyboardInterrupt
+
+    plan = solve_order(problem, limits=Limits(progress=interrupt))
+    validate(problem, plan)
+    assert plan.peak < plan.unplanned_peak
+    assert plan.status == Status.FEASIBLE
+
+
+def test_a_malformed_problem_is_refused() -> None:
+    with pytest.raises(InputError, match="before it is made"):
+        solve_order(Problem((Op("reader", reads=(0,)), Op("maker", writes=(0,))), (Buffer("b", 1),)))
+
+
+def test_edge_cases() -> None:
+    assert solve_order(Problem((), (Buffer("input", 7),))).peak == 7
+    lone = Problem((Op("op", writes=(0,), workspace=5),), (Buffer("b", 3),))
+    assert solve_order(lone).peak == 8
+    assert solve_order(lone).status == Status.OPTIMAL
+
+
+def test_small_graphs_are_solved_to_proven_optimality() -> None:
+    rng = random.Random(0)
+    plans = [solve_order(random_problem(rng, rng.randrange(10, 31), density=1.2)) for _ in range(200)]
+    assert all(plan.status == Status.OPTIMAL for plan in plans)
+    assert any(plan.peak < plan.unplanned_peak for plan in plans)
