@@ -121,6 +121,7 @@ def _row_tiles(rows: int, columns: int, itemsize: int, sums: bool, gpu: Gpu) -> 
                 height //= 2
             warps = min(16, max(1, power_of_two(height * width) // (32 * 16)))
             found.append(Tile(height, width, _steps(rows, height, sums, gpu), max(warps, 2 if width >= 256 else 1)))
+        found.append(replace(found[0], warps=min(16, 2 * found[0].warps)))
     if not sums:
         chunk = min(width, 4096 if itemsize <= 2 else 2048)
         found.append(Tile(1, chunk, warps=8, looped=True))

@@ -63,7 +63,7 @@ def test_compulsory_bytes_count_expanded_inputs_once() -> None:
         (lambda x: (torch.rand_like(x) + x,), "random"),
         (lambda x: (x.t(),), "only views"),
         (lambda x: (x.exp(), x),  "only views"),
-        (lambda x: (lambda y: (y, y.view(-1)))(x.exp()), "only views"),
+        (lambda x: [(y := x.exp()), y.view(-1)], "only views"),
         (lambda x: (x.exp().sum(0).expand(4, 8),), "expanded"),
     ],
 )  # fmt: skip
