@@ -76,8 +76,11 @@ def resolve(entry: str) -> Any:
     place, colon, name = entry.rpartition(":")
     if not colon or not place or not name:
         raise OptionError(f"cannot read {entry!r}; write file.py:name or module:attr")
-    module = _import_file(Path(place)) if place.endswith(".py") else _guarded(entry, importlib.import_module, place)
-    value: Any = module
+    if place.endswith(".py"):
+        value: Any = _import_file(Path(place))
+    else:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it
+        value = _guarded(entry, importlib.import_module, place)
     for part in name.split("."):
         if not hasattr(value, part):
             raise InputError(f"{place} has no {part!r}" + (f" in {name!r}" if part != name else ""))
@@ -101,8 +104,6 @@ def _import_file(path: Path) -> ModuleType:
 
 def _guarded(entry: str, call: Any, *args: Any) -> Any:
     """Call the user's code; whatever it raises, SystemExit included, becomes one InputError."""
-    if call is importlib.import_module:
-        sys.path.insert(0, str(Path.cwd()))
     try:
         return call(*args)
     except (Exception, SystemExit) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -19,8 +21,10 @@ def run_tests(pytester, request):
     def run(code: str):
         tests = str(request.config.rootpath / "tests")
         pytester.makepyfile(BODY.format(tests=tests) + code)
-        # The entry point of an installed memplan loads the plugin too; naming it twice is no error.
-        return pytester.runpytest("-p", "memplan.pytest_plugin", "--strict-markers", "-p", "no:cacheprovider")
+        # Where memplan is installed its entry point loads the plugin; pytest refuses to load one twice.
+        installed = any(point.value == "memplan.pytest_plugin" for point in entry_points(group="pytest11"))
+        load = () if installed else ("-p", "memplan.pytest_plugin")
+        return pytester.runpytest(*load, "--strict-markers", "-p", "no:cacheprovider")
 
     return run
 
