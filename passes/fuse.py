@@ -50,7 +50,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Fuse:
-    """``limit``: bytes the fused sequence may load (the peak as given where None or smaller).
+    """``limit``: bytes the fused sequence may load; None for the peak as given. No load above it rises.
 
     ``lowering``: see memplan.codegen.lowering. ``measured``: compile now and count the kernels' own workspace.
     """
@@ -81,7 +81,7 @@ class Fuse:
 
     def _broken(self, plan: FusionPlan, calls: dict[tuple[int, ...], FusedRegion]) -> list[tuple[int, ...]]:
         """Regions whose own workspace lifts the load over the limit."""
-        limit = max(plan.peak_before, self.limit or 0)
+        limit = max(plan.peak_before if self.limit is None else self.limit, plan.peak_after)
         loads = dict(zip(plan.units, plan.loads))
         return [u for u, call in calls.items() if self.measured and loads[u] + call.compiled.workspace > limit]
 

@@ -76,9 +76,9 @@ class FusionPlan:
 
 
 def solve_fusion(problem: FusionProblem, limit: int | None = None, caps: Mapping[int, int] | None = None) -> FusionPlan:
-    """Choose regions whose fused sequence never loads more than ``limit`` bytes.
+    """Choose regions such that no load rises above ``limit`` bytes, and none that is above it rises at all.
 
-    ``limit``: the peak of the sequence as given where None or smaller. ``caps``: for single runs, the most runs that
+    ``limit``: None for the peak of the sequence as given. ``caps``: for single runs, the most runs that
     their region may hold (a larger one was found to need too much workspace). Deterministic.
     """
     state = _Units(problem, limit, caps or {})
@@ -148,7 +148,7 @@ class _Units:
             start, end = self._interval(b, {})
             self.load[start:end] += problem.sizes[b]
         self.load[:count] += np.array(self.workspace, dtype=np.int64)
-        self.limit = max(self.peak, limit or 0)
+        self.limit = self.peak if limit is None else limit
 
     @property
     def peak(self) -> int:
@@ -244,7 +244,7 @@ class _Units:
             change[self.slot[unit]] -= self.workspace[unit]
         change[place] += max(self.workspace[a], self.workspace[b])
         load = self.load + change
-        if load.max() > self.limit:
+        if ((load > self.limit) & (change > 0)).any():
             return False
         self.load = load
         return True
