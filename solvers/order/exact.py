@@ -67,6 +67,16 @@ class State(NamedTuple):
     numbers: Ints
 
 
+class Memory(NamedTuple):
+    """The sets seen, and those among them whose rest is still to be tried: a stack of a run and what it leads to."""
+
+    seen: Ints
+    table: Ints  # open addressing by hash: indices into ``seen``, -1 where free
+    run: Ints
+    load: Ints  # after the run and what settles behind it
+    parent: Ints  # how many runs had been done before it
+
+
 class ExactSearch:
     """One sweep, to be asked for several limits."""
 
@@ -99,7 +109,9 @@ class ExactSearch:
         """
         sets = max(1, min(work // LEAST_WORK, ROOM // self.words))
         state = self._start()
-        ended = _search(self.lists, state, limit, work, np.zeros((sets, self.words), np.int64))
+        table = np.full(2 * sets + 1, -1, np.int64)
+        memory = Memory(np.zeros((sets, self.words), np.int64), table, *np.zeros((3, sets), np.int64))
+        ended = _search(self.lists, state, memory, limit, work)
         spent, refused = int(state.numbers[WORK]), int(state.numbers[REFUSED])
         if ended == FOUND:
             return Answer(self.sweep.order(state.trail.tolist()), 0, spent)
@@ -226,38 +238,40 @@ def _settle(s: Lists, c: State, limit: int):
 
 
 @njit(cache=True)
-def _is_new(c: State, seen: Ints, count: int, table: Ints):
+def _is_new(c: State, m: Memory, count: int):
     """Whether the current set is not among the ``count`` sets seen; if so it is stored there."""
-    at = c.numbers[HASH] % len(table)
-    while table[at] >= 0:
+    at = c.numbers[HASH] % len(m.table)
+    while m.table[at] >= 0:
         k = 0
-        while k < len(c.done) and seen[table[at], k] == c.done[k]:
+        while k < len(c.done) and m.seen[m.table[at], k] == c.done[k]:
             k += 1
         if k == len(c.done):
             return False
-        at = (at + 1) % len(table)
-    table[at] = count
+        at = (at + 1) % len(m.table)
+    m.table[at] = count
     for k in range(len(c.done)):
-        seen[count, k] = c.done[k]
+        m.seen[count, k] = c.done[k]
     return True
 
 
 @njit(cache=True)
-def _search(s: Lists, c: State, limit: int, work: int, seen: Ints):
+def _push(m: Memory, base: int, height: int, run: int, load: int, parent: int):
+    """Insert into the stack's entries from ``base`` on, which stay sorted by load, the lowest on top."""
+    k = height
+    while k > base and m.load[k - 1] < load:
+        m.run[k], m.load[k], m.parent[k] = m.run[k - 1], m.load[k - 1], m.parent[k - 1]
+        k -= 1
+    m.run[k], m.load[k], m.parent[k] = run, load, parent
+
+
+@njit(cache=True)
+def _search(s: Lists, c: State, m: Memory, limit: int, work: int):
     """Depth first from the state ``c``. Ends with FOUND and the order in ``c.trail``, with NONE, or with UNKNOWN."""
-    n = len(s.preds)
-    table = np.full(2 * len(seen) + 1, -1, np.int64)
-    # Of each entry of the stack: the run to do, the load after settling, and what had been done before it.
-    run = np.empty(n, np.int64)
-    after = np.empty(n, np.int64)
-    parent = np.empty(n, np.int64)
     height = 0
     count = 0
     passed = 0
     _settle(s, c, limit)
-    while True:
-        if c.numbers[DONE] == n:
-            return FOUND
+    while c.numbers[DONE] < len(s.preds):
         if c.numbers[GATES] > passed:  # all that stands on the stack lacks this gate
             passed = c.numbers[GATES]
             height = 0
@@ -269,31 +283,19 @@ def _search(s: Lists, c: State, limit: int, work: int, seen: Ints):
                 continue
             _do(s, c, v)
             _settle(s, c, limit)
-            if count == len(seen) or c.numbers[WORK] > work:
+            if count == len(m.seen) or c.numbers[WORK] > work:
                 return UNKNOWN
-            if _is_new(c, seen, count, table):
+            if _is_new(c, m, count):
                 count += 1
-                if height == len(run):
-                    run, after, parent = _grown(run), _grown(after), _grown(parent)
-                k = height  # sorted by load, the lowest on top
-                while k > base and after[k - 1] < c.numbers[LOAD]:
-                    run[k], after[k], parent[k] = run[k - 1], after[k - 1], parent[k - 1]
-                    k -= 1
-                run[k], after[k], parent[k] = v, c.numbers[LOAD], here
+                _push(m, base, height, v, c.numbers[LOAD], here)
                 height += 1
             while c.numbers[DONE] > here:
                 _undo(s, c)
         if height == 0:
             return NONE
         height -= 1
-        while c.numbers[DONE] > parent[height]:
+        while c.numbers[DONE] > m.parent[height]:
             _undo(s, c)
-        _do(s, c, run[height])
+        _do(s, c, m.run[height])
         _settle(s, c, limit)
-
-
-@njit(cache=True)
-def _grown(values: Ints):
-    more = np.empty(2 * len(values) + 1, np.int64)
-    more[: len(values)] = values
-    return more
+    return FOUND
