@@ -25,15 +25,11 @@ def peak_bound(problem: Problem) -> int:
 
 
 def recompute_bound(problem: Problem, budget: int) -> float:
-    """Time that no plan under ``budget`` bytes can go below; in the scope "order fixed"."""
-    return _cover_bound(problem, budget)
+    """Time that no plan under ``budget`` bytes with first runs in stored order can go below; inf: there is none.
 
-
-def _cover_bound(problem: Problem, budget: int) -> float:
-    """The largest fractional covering knapsack over the positions of the stored order.
-
-    When an op runs for the first time, with first runs in stored order, every buffer made before and read later is
-    held or its writer runs again. Bytes over the budget must be absent; each absent buffer costs its writer's time.
+    The largest fractional covering knapsack over the positions, in milliseconds; ``presence.refine`` bounds far better,
+    in seconds. When an op runs for the first time, every buffer made before and read later is held or its writer runs
+    again. Bytes over the budget must be absent; each absent buffer costs its writer's time.
     """
     ops, size, writer = problem.ops, [b.size for b in problem.buffers], problem.writer
     end = len(ops)

@@ -14,15 +14,17 @@ from memplan.problem import Problem
 from memplan.solvers.recompute.anneal import anneal, new_best, new_work
 from memplan.solvers.recompute.arrays import Graph, pack
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
+from memplan.solvers.recompute.presence import refine
 from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
 from memplan.validate import check_sequence
 
 SOLVER = "recompute: sequence annealing"
 DEFAULT = Limits()
 CHUNK = 5_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
-# Rounds of a solve: share of the moves, temperature at its start and end in multiples of an op's mean time; every round
-# starts at the best sequence so far. Hotter starts than 1 forget the start, colder ones than 0.1 keep its order.
-ROUNDS = ((0.6, 0.5, 0.01), (0.4, 0.1, 0.005))
+# The two rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
+# one forgets most of its start; the cold one keeps the order of its start and removes what is not needed.
+HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
+CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
 LOWERINGS = 20  # targets that a search for the lowest peak sets itself one after the other
 FIRST_PRICE = 0.05  # all bytes over the budget of the first sequence together cost this share of the total time
 
@@ -46,11 +48,17 @@ class Search:
         self.best = new_best(capacity)
         self.time = 0.0
         self.moves = int(limits.work * default_moves(len(problem.ops)))
+        self.price = 1e-9  # of the round before, per byte over the budget at one position
         self.typical = max(problem.total_time, 1e-9) / max(1, len(problem.ops))
 
     def load(self, sequence: Sequence[int], room: int) -> None:
         """Make ``sequence`` the current one under a budget of ``room`` bytes beyond the resident ones."""
         self.time = reset(*self.graph, self.state, np.array(sequence, np.int64), len(sequence), room)
+
+    def loads(self, sequence: Sequence[int]) -> list[int]:
+        """Bytes beyond the resident ones at every position of a sequence."""
+        self.load(sequence, 0)
+        return [int(x) for x in self.state[LOAD, : self.state[N, LENGTH]]]
 
     @property
     def peak(self) -> int:
@@ -85,6 +93,14 @@ class Search:
     def lowest(self) -> tuple[int, ...]:
         """The sequence with the lowest peak found so far."""
         return tuple(int(i) for i in self.best.low_seq[: self.best.low[0]])
+
+    def round(self, sequence: Sequence[int], room: int, share: float, hot: float, cold: float) -> None:
+        """One round of annealing from ``sequence``."""
+        self.load(sequence, room)
+        price = self.first_price() if self.state[N, OVER] else np.array([self.price])
+        self.anneal(int(share * self.moves), hot * self.typical, cold * self.typical, price)
+        self.price = float(price[0])
+        self.say(f"round done: best time {self.best.time[0]:.6g}, lowest peak {self.best.low[1]}")
 
     def say(self, text: str) -> None:
         if self.limits.progress:
@@ -124,37 +140,47 @@ def solve_recompute(
         return plan(stored, Status.OPTIMAL, problem.total_time)
     if budget < floor:
         return plan(start or stored, Status.INFEASIBLE, problem.total_time)
-    search = Search(problem, limits)
     if start is not None:
         check_sequence(problem, tuple(start))
+    search = Search(problem, limits)
+    bound = problem.total_time
     try:
-        _search(search, budget - problem.resident_bytes, floor - problem.resident_bytes, start or stored)
+        bound = _search(search, budget, floor, start or stored)
     except KeyboardInterrupt:
         search.say("interrupted: going on with the best plan so far")
     found = search.fastest()
     if found is None:
         return plan(search.lowest() or stored, Status.TIMED_OUT, problem.total_time)
-    bound = recompute_bound(problem, budget)
     if len(found) == len(stored):
         return plan(found, Status.OPTIMAL, problem.total_time)
     time = sum(problem.ops[i].time for i in found)
-    return plan(found, Status.FEASIBLE, bound if bound <= time else problem.total_time)
+    # A sequence in another order may beat the bound of the stored order: then only the trivial bound holds.
+    return plan(found, Status.FEASIBLE, bound if bound <= time * (1 + 1e-9) else problem.total_time)
 
 
-def _search(search: Search, room: int, floor: int, start: Sequence[int]) -> None:
-    """Rounds of annealing; where they find nothing within ``room``, lower the peak first and go on from there."""
-    search.load(start, room)
-    price = search.first_price()
-    for at, (share, hot, cold) in enumerate(ROUNDS):
-        if at and search.fastest() is None:
-            search.say("nothing fits yet: lowering the peak")
-            _lower(search, max(room, floor), search.lowest(), search.moves // 2)
-            search.best.time[0] = np.inf  # what fits a target above the budget does not count
-            if search.best.low[1] > room:
-                return
-        search.load(search.fastest() or (search.lowest() if at else start), room)
-        search.anneal(int(share * search.moves), hot * search.typical, cold * search.typical, price)
-        search.say(f"round {at + 1} of {len(ROUNDS)}: time {search.best.time[0]:.6g}, lowest peak {search.best.low[1]}")
+def _search(search: Search, budget: int, floor: int, start: Sequence[int]) -> float:
+    """Fill ``search.best``; returns the bound for the stored order.
+
+    A hot round first, as it may find an order that needs no recomputation at all; then the presence programs, whose
+    sequence is often optimal for the stored order; then a cold round from the better of the two.
+    """
+    problem, room = search.problem, budget - search.problem.resident_bytes
+    search.round(start, room, *HOT)
+    if search.best.time[0] <= problem.total_time * (1 + 1e-12):
+        return problem.total_time
+    relaxed = refine(problem, budget, search.loads, search.deadline)
+    search.say(f"presence programs: no plan in stored order is faster than {relaxed.bound:.6g}")
+    if relaxed.sequence is not None:
+        search.round(relaxed.sequence, room, *COLD)
+    if search.fastest() is None:
+        search.say("nothing fits yet: lowering the peak")
+        _lower(search, max(room, floor - problem.resident_bytes), search.lowest(), search.moves // 2)
+        search.best.time[0] = np.inf  # what fits a target above the budget does not count
+        if search.best.low[1] <= room:
+            search.round(search.lowest(), room, *COLD)
+    elif search.best.time[0] > relaxed.bound * (1 + CLOSE):
+        search.round(search.fastest() or start, room, *COLD)
+    return max(relaxed.bound, recompute_bound(problem, budget)) if relaxed.bound < np.inf else problem.total_time
 
 
 def _lower(search: Search, goal: int, start: Sequence[int], moves: int) -> None:
