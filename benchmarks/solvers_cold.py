@@ -25,8 +25,8 @@ solve = lambda: solve_recompute(problem, 37055, limits=Limits(work=0.01))
 """,
     "order": """
 from memplan.solvers.order import solve_order
-from solvers_order import layered
-problem = layered(500, seed=500)
+from graph_families import random_layered
+problem = random_layered(500, seed=500)
 solve = lambda: solve_order(problem, limits=Limits(work=0.01))
 """,
 }

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from graph_families import Tape, random_layered, transformer
+
 from memplan.graph_files import GraphFile, load_graph
 from memplan.outcome import Limits
-from memplan.problem import Buffer, Op, Phase, Problem
+from memplan.problem import Problem
 from memplan.solvers.order import forced_live_bound, solve_order
 from memplan.validate import validate
 
@@ -35,9 +37,11 @@ def rows(data: Path) -> Iterator[dict[str, Any]]:
         tool = "score_joint.py" if folder == "joint" else "score_recompute.py"
         yield {"instance": name} | _solve(graph, annealer, {"tool": tool, "instance": str(path)})
     for n in (250, 500, 1000):
-        yield {"instance": f"random layered {n}"} | _solve(_unnamed(layered(n, seed=n)), None, None, EFFORTS)
+        yield {"instance": f"random layered {n}"} | _solve(_unnamed(random_layered(n, seed=n)), None, None, EFFORTS)
     for blocks in (20, 100, 600):
-        yield {"instance": f"training step, {blocks} blocks"} | _solve(_unnamed(training_step(blocks, seed=blocks)))
+        graph = _unnamed(branching_network(blocks, seed=blocks))
+        yield {"instance": f"branching network, {blocks} blocks"} | _solve(graph)
+    yield {"instance": "transformer, 312 layers"} | _solve(_unnamed(transformer(312)))
 
 
 def _unnamed(problem: Problem) -> GraphFile:
@@ -79,57 +83,16 @@ def _percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 3)
 
 
-def layered(n: int, seed: int) -> Problem:
-    """A random layered graph: each node reads from the layer above, at times from one further up; sizes uniform."""
+def branching_network(blocks: int, seed: int) -> Problem:
+    """A training step over residual blocks of one to three branches, whose sizes are drawn at random."""
     rng = random.Random(seed)
-    layers, made = [[0]], 1
-    while made < n:
-        width = min(n - made, rng.randint(1, max(2, round(0.8 * n**0.5))))
-        layers.append(list(range(made, made + width)))
-        made += width
-    reads: list[set[int]] = [set() for _ in range(n)]
-    for depth in range(1, len(layers)):
-        above = layers[depth - 1]
-        for v in layers[depth]:
-            reads[v] = {u for u in above if rng.random() < 0.2} | {rng.choice(above)}
-            if depth > 1 and rng.random() < 0.14:
-                reads[v].add(rng.choice(layers[rng.randrange(max(0, depth - 4), depth - 1)]))
-    ops = tuple(Op(f"v{v}", reads=tuple(sorted(reads[v])), writes=(v,), time=1.0) for v in range(n))
-    return Problem(ops, tuple(Buffer(f"v{v}", rng.randrange(100, 5000)) for v in range(n)))
-
-
-def training_step(blocks: int, seed: int) -> Problem:
-    """Residual blocks of up to three branches forwards, their gradients backwards; weight gradients are outputs."""
-    rng = random.Random(seed)
-    ops: list[Op] = []
-    buffers: list[Buffer] = []
-
-    def op(reads: list[int], sizes: tuple[int, ...], phase: Phase = Phase.FORWARD) -> int:
-        made = len(buffers)
-        buffers.append(Buffer(f"b{made}", rng.choice(sizes)))
-        ops.append(Op(f"op{made}", reads=tuple(dict.fromkeys(reads)), writes=(made,), time=1.0, phase=phase))
-        return made
-
-    small, wide, weight = (500, 1000), (500, 1000, 2000, 4000), (100, 900)
-    x = op([], (1000,))
-    saved = []
-    for _ in range(blocks):
-        branches = []
-        for _ in range(rng.randint(1, 3)):
-            inner = op([x], wide)
-            branches.append((inner, op([inner], small)))
-        saved.append((x, branches))
-        x = op([x, *(end for _, end in branches)], (1000,))
-    loss = op([x], (4,))
-    gradient = op([loss], (1000,), Phase.BACKWARD)
-    outputs = [loss]
-    for entry, branches in reversed(saved):
-        parts = [gradient]
-        for inner, end in rng.sample(branches, len(branches)):
-            of_end = op([gradient, end], small, Phase.BACKWARD)
-            outputs.append(op([of_end, inner], weight, Phase.BACKWARD))
-            of_inner = op([of_end, inner], wide, Phase.BACKWARD)
-            outputs.append(op([of_inner, entry], weight, Phase.BACKWARD))
-            parts.append(op([of_inner], (1000,), Phase.BACKWARD))
-        gradient = op(parts, (1000,), Phase.BACKWARD)
-    return Problem(tuple(ops), tuple(buffers), tuple(outputs), (loss,))
+    tape = Tape()
+    x = tape.run("stem", (), 1000, 1.0, "nothing")
+    for k in range(blocks):
+        ends = []
+        for branch in range(rng.randint(1, 3)):
+            at = f"{k}.{branch}"
+            inner = tape.run(f"{at}.in", (x,), rng.choice((500, 1000, 2000, 4000)), 1.0, weight=rng.choice((100, 900)))
+            ends.append(tape.run(f"{at}.out", (inner,), rng.choice((500, 1000)), 1.0, weight=rng.choice((100, 900))))
+        x = tape.run(f"{k}.join", (x, *ends), 1000, 1.0, "nothing")
+    return tape.problem(tape.run("loss", (x,), 4, 1.0))
