@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -31,18 +32,18 @@ struct Arena {
   size_t live_unkept = 0;
   int active = 0;       // scripts that run in it now
   bool closed = false;  // the pool has given it up; the last block to die frees it
-  int64_t placed = 0, refused = 0;
+  int64_t placed = 0;
+  std::atomic<int64_t> refused = 0;
 };
 
 struct Request {
-  int64_t ordinal;  // which allocation of the kernel, from 0
-  int64_t size;     // bytes reserved
+  int64_t size;     // bytes, as the kernel asks for them
   int64_t offset;   // -1: the default allocator's
   int64_t kept;
 };
 
 struct Step {
-  std::vector<Request> requests;  // by ordinal
+  std::vector<Request> requests;  // in the order in which the kernel makes them
 };
 
 struct Script {
@@ -53,8 +54,7 @@ struct Run {
   Arena* arena;  // null: record only
   const Script* script;
   const Step* step;
-  size_t next;  // request
-  int64_t ordinal;
+  size_t next;  // the first request not made yet
 };
 
 std::mutex guard;  // arenas and everything in them
@@ -98,21 +98,22 @@ void* occupy(Arena& arena, size_t offset, size_t bytes, bool kept) {
   return arena.base + offset;
 }
 
+// A kernel may skip an allocation that it made when it was recorded, or make another: what it asks for is the next
+// request of that size.
 void* planned(Run& run, size_t bytes) {
-  const int64_t ordinal = run.ordinal++;
   if (run.arena == nullptr || run.step == nullptr || bytes == 0) return nullptr;
   const auto& requests = run.step->requests;
-  while (run.next < requests.size() && requests[run.next].ordinal < ordinal) ++run.next;
-  std::lock_guard<std::mutex> lock(guard);
-  Arena& arena = *run.arena;
-  if (run.next < requests.size() && requests[run.next].ordinal == ordinal) {
-    const Request& wanted = requests[run.next];
+  size_t k = run.next;
+  while (k < requests.size() && static_cast<size_t>(requests[k].size) != bytes) ++k;
+  if (k < requests.size()) {
+    run.next = k + 1;
+    const Request& wanted = requests[k];
     if (wanted.offset < 0) return nullptr;
-    const size_t end = wanted.offset + bytes;
-    if (bytes <= static_cast<size_t>(wanted.size) && is_free(arena, wanted.offset, end))
-      return occupy(arena, wanted.offset, bytes, wanted.kept != 0);
+    std::lock_guard<std::mutex> lock(guard);
+    if (is_free(*run.arena, wanted.offset, wanted.offset + bytes))
+      return occupy(*run.arena, wanted.offset, bytes, wanted.kept != 0);
   }
-  ++arena.refused;
+  ++run.arena->refused;
   return nullptr;
 }
 
@@ -251,9 +252,9 @@ void memplan_script_free(void* script) {
   delete static_cast<Script*>(script);
 }
 
-// Requests of one step come in the order of their ordinals.
-void memplan_script_request(void* script, int64_t step, int64_t ordinal, int64_t size, int64_t offset, int64_t kept) {
-  static_cast<Script*>(script)->steps[step].requests.push_back({ordinal, size, offset, kept});
+// Requests of one step come in the order in which its kernel makes them; ``kept``: the user may hold the block later.
+void memplan_script_request(void* script, int64_t step, int64_t size, int64_t offset, int64_t kept) {
+  static_cast<Script*>(script)->steps[step].requests.push_back({size, offset, kept});
 }
 
 // This thread runs ``script`` in ``arena`` until the matching end; a null arena records instead.
@@ -262,14 +263,13 @@ void memplan_begin(void* script, void* arena) {
     std::lock_guard<std::mutex> lock(guard);
     ++static_cast<Arena*>(arena)->active;
   }
-  runs.push_back({static_cast<Arena*>(arena), static_cast<Script*>(script), nullptr, 0, 0});
+  runs.push_back({static_cast<Arena*>(arena), static_cast<Script*>(script), nullptr, 0});
 }
 
 void memplan_step(int64_t step) {
   Run& run = runs.back();
   run.step = run.script == nullptr ? nullptr : &run.script->steps[step];
   run.next = 0;
-  run.ordinal = 0;
   if (run.arena == nullptr) recorded.clear();
 }
 

@@ -300,7 +300,9 @@ class Script:
             self._pool.unplaced += len(places) - placed
             places |= self._temporaries(seen)[0]
             for k, where in sorted(places.items()):
-                self._library.script_request(self.handle, at, k, where.size, where.offset, where.kept)
+                asked = seen.allocations[k].size
+                if asked:
+                    self._library.script_request(self.handle, at, asked, where.offset, where.kept)
         self._kernels_seen.clear()
 
     def _temporaries(self, seen: _Kernel) -> tuple[dict[int, Place], int]:

@@ -30,7 +30,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "arena_of": (_POINTER, (_POINTER,)),
     "script_new": (_POINTER, (_SIZE,)),
     "script_free": (None, (_POINTER,)),
-    "script_request": (None, (_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE)),
+    "script_request": (None, (_POINTER, _SIZE, _SIZE, _SIZE, _SIZE)),
     "begin": (None, (_POINTER, _POINTER)),
     "step": (None, (_SIZE,)),
     "end": (None, ()),
