@@ -124,7 +124,9 @@ def _trace(
 
     def backend(graph_module: Any, inputs: Any) -> Any:
         try:
-            return compile_with(graph_module, inputs, options, planned.append, progress)
+            run, found = compile_with(graph_module, inputs, options, progress=progress)
+            planned.extend([found] if found is not None else [])
+            return run
         except BudgetInfeasibleError as error:
             refused.append(error)
             raise

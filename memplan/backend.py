@@ -18,9 +18,11 @@ from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
 from memplan.lower import Lowered, lower
 from memplan.options import Options
+from memplan.passes.gradients import DenseGradients
 from memplan.passes.normalise import Normalise
 from memplan.passes.split import Split
-from memplan.planner import Planned, plan_capture
+from memplan.pieces import Models, Piece
+from memplan.planner import NOTHING, Elsewhere, Planned, plan_capture
 from memplan.problem import Category
 from memplan.runtime import native
 from memplan.runtime.arena import Pool, Script
@@ -29,6 +31,7 @@ from memplan.runtime.execute import Executable
 log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
+_models = Models()
 
 
 def recent_plans() -> tuple[Planned, ...]:
@@ -45,7 +48,14 @@ def memplan(
 ) -> Callable[..., Any]:
     """The dynamo backend. Raises OptionError before anything compiles, BudgetInfeasibleError at the first call."""
     try:
-        return compile_with(graph_module, example_inputs, Options.resolve(options, mode), _recent.append)
+        settings = Options.resolve(options, mode)
+
+        def compile_one(settings: Options, elsewhere: Elsewhere) -> tuple[Callable[..., Any], Planned | None]:
+            return compile_with(graph_module, example_inputs, settings, elsewhere)
+
+        if options is None or settings.memory_budget is None:
+            return compile_one(settings, NOTHING)[0]
+        return Piece(_models.of(options, settings), compile_one)
     except MemplanError as error:
         return _raising(error)
 
@@ -54,15 +64,18 @@ def compile_with(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Options,
-    planned: Callable[[Planned], None],
+    elsewhere: Elsewhere = NOTHING,
     progress: Callable[[str], None] | None = None,
-) -> Callable[..., Any]:
-    """Compile one of dynamo's graphs; ``planned`` is told what was decided before anything runs."""
-    graph = _Graph(options, graph_inputs(graph_module), planned, progress)
+) -> tuple[Callable[..., Any], Planned | None]:
+    """Compile one of dynamo's graphs; what it runs as, and its plan (None for one that runs unplanned)."""
+    graph = _Graph(options, graph_inputs(graph_module), elsewhere, progress)
     backend = torch_compat.aot_backend(
         forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
     )
-    return backend(graph_module, example_inputs)
+    run = backend(graph_module, example_inputs)
+    if graph.planned is not None:
+        _recent.append(graph.planned)
+    return run, graph.planned
 
 
 def _raising(error: MemplanError) -> Callable[..., Any]:
@@ -81,12 +94,12 @@ class _Graph:
         self,
         options: Options,
         inputs: Sequence[Input],
-        tell: Callable[[Planned], None],
+        elsewhere: Elsewhere,
         progress: Callable[[str], None] | None,
     ) -> None:
         self.options = options
         self.inputs = inputs
-        self.tell, self.progress = tell, progress
+        self.elsewhere, self.progress = elsewhere, progress
         self.planned: Planned | None = None
         self.pool: Pool | None = None
 
@@ -96,7 +109,10 @@ class _Graph:
         try:
             check_supported(joint)
             Normalise().apply(joint)
-            planned = self._plan(Capture(joint, num_fwd_outputs, primal_inputs(joint, self.inputs)))
+            inputs = primal_inputs(joint, self.inputs)
+            parameters = [k for k, given in enumerate(inputs) if given.category == Category.PARAMETER]
+            DenseGradients(num_fwd_outputs, parameters).apply(joint)
+            planned = self._plan(Capture(joint, num_fwd_outputs, inputs))
         except UnsupportedError as reason:
             _warn_unplanned(reason)
             return torch_compat.default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
@@ -123,15 +139,14 @@ class _Graph:
         device = device_type(capture)
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
-        self.planned = plan_capture(capture, self.options, cost, profile.granularity, progress=self.progress)
-        self.tell(self.planned)
+        self.planned = plan_capture(capture, self.options, cost, profile.granularity, self.elsewhere, self.progress)
         self.pool = _pool(self.planned) if device == "cpu" else None
         return self.planned
 
     def _lower(self, graph_module: fx.GraphModule, inputs: Sequence[Any], forward_nodes: int) -> Callable[..., Any]:
         if self.planned is None:
             return torch_compat.unplanned(graph_module, inputs)
-        lowered = lower(graph_module, self.planned.problem, forward_nodes)
+        lowered = lower(graph_module, self.planned.lowered_problem, forward_nodes)
         return Executable(graph_module, lowered, self._script(lowered, begins=forward_nodes > 0))
 
     def _script(self, lowered: Lowered, begins: bool) -> Script | None:

@@ -60,14 +60,15 @@ class BuiltProblem:
         return {node: i for i, nodes in enumerate(self.nodes) for node in nodes}
 
 
-def build_problem(capture: Capture, cost: CostModel, granularity: int) -> BuiltProblem:
-    """``granularity``: the multiple of bytes that the device's allocator hands out."""
-    return _Builder(capture, cost, granularity).build()
+def build_problem(capture: Capture, cost: CostModel, granularity: int, meanwhile: int = 0) -> BuiltProblem:
+    """``granularity``: the multiple of bytes that the device's allocator hands out; ``meanwhile``: bytes that the rest
+    of the model takes between this graph's forward and its backward."""
+    return _Builder(capture, cost, granularity, meanwhile).build()
 
 
 class _Builder:
-    def __init__(self, capture: Capture, cost: CostModel, granularity: int) -> None:
-        self.capture, self.cost, self.granularity = capture, cost, granularity
+    def __init__(self, capture: Capture, cost: CostModel, granularity: int, meanwhile: int) -> None:
+        self.capture, self.cost, self.granularity, self.meanwhile = capture, cost, granularity, meanwhile
         self.buffers: list[Buffer] = []
         self.buffer_at: dict[int, int] = {}  # storage key -> buffer
         self.buffer_of: dict[fx.Node, tuple[int, ...]] = {}
@@ -121,7 +122,7 @@ class _Builder:
         for node in placeholders:
             self.buffer_of[node] = self._storages(node, Category.GRADIENT, str(node.target))
         made = tuple(dict.fromkeys(b for n in placeholders for b in self.buffer_of[n]))
-        self.ops.append(Op(TANGENTS, TANGENTS, writes=made, phase=Phase.BACKWARD, once=True))
+        self.ops.append(Op(TANGENTS, TANGENTS, writes=made, workspace=self.meanwhile, phase=Phase.BACKWARD, once=True))
         self.nodes.append(tuple(placeholders))
 
     def _node(self, node: fx.Node) -> None:

@@ -74,7 +74,9 @@ class _Lowering:
         self._free(deaths[-1], drops[-1])
         for at, node in enumerate(self.nodes):
             if tangents and at == self.backward_from:
-                self._emit(Step(StepKind.RUN, TANGENTS, Phase.BACKWARD, makes=tuple(tangents)), Binding())
+                workspace = next(op.workspace for op in self.problem.ops if op.name == TANGENTS)
+                handover = Step(StepKind.RUN, TANGENTS, Phase.BACKWARD, makes=tuple(tangents), workspace=workspace)
+                self._emit(handover, Binding())
             if node.op != "placeholder" and not self._with_its_kernel(node):
                 self._call(at, node, made.get(node, []))
             self._free(deaths[at], drops[at])

@@ -10,14 +10,14 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from memplan.errors import OptionError
 from memplan.units import parse_budget, parse_bytes
 
-GROUPS = ("placement", "recompute", "trace")
+GROUPS = ("fusion", "placement", "recompute", "trace")
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "min-peak": {"objective": "peak"},
@@ -36,6 +36,8 @@ class Options:
     runtime_estimator: str = "profile"  # "profile": measure each op once; "analytic": estimate
     recompute_enabled: bool = True
     placement_enabled: bool = True  # one allocation for a step's memory, at planned offsets
+    fusion_enabled: bool = False  # contract pointwise ops and reductions into compiled regions
+    lowering: str | None = None  # of a region: "triton", "inductor" or "eager"; None: the fastest for the device
     solver_time_limit_s: float | None = None  # wall clock; None: only the deterministic work limit
     solver_work: float = 1.0  # multiple of the solver's default effort
     solver_seed: int = 0
@@ -45,6 +47,8 @@ class Options:
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, ("time", "peak"))
         _one_of("runtime_estimator", self.runtime_estimator, ("profile", "analytic"))
+        if self.lowering is not None:
+            _one_of("lowering", self.lowering, ("triton", "inductor", "eager"))
         object.__setattr__(self, "reserved", parse_bytes(self.reserved))
         if self.memory_budget is not None:
             parse_budget(self.memory_budget, 1)  # malformed budgets are refused before anything compiles
@@ -58,6 +62,10 @@ class Options:
         if self.memory_budget is None:
             return None
         return parse_budget(self.memory_budget, unplanned_peak + int(self.reserved)) - int(self.reserved)
+
+    def without_budget(self) -> Options:
+        """The same options, free to hold any number of bytes."""
+        return replace(self, memory_budget=None)
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

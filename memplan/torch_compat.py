@@ -49,7 +49,7 @@ def unplanned(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[.
     """Run a graph of AOTAutograd's as it stands; arguments are given up as they are used."""
     from torch._dynamo.backends.debugging import boxed_nop
 
-    return boxed_nop(graph_module, inputs)
+    return boxed_nop(graph_module, list(inputs))
 
 
 def default_partition(joint: fx.GraphModule, inputs: Any, **keywords: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -81,6 +81,22 @@ def many_recompiles() -> Any:
     """Tracing is not bounded by dynamo's limit on recompilations of one function."""
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     return torch._dynamo.config.patch({name: 1_000_000})
+
+
+def frame_id() -> int | None:
+    """Number of the Python frame that dynamo compiles now: the same when it compiles it again for other shapes."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_id
+
+
+def tracing(context: TracingContext | None) -> Any:
+    """Compile a graph again in the context in which dynamo first captured it."""
+    return torch._guards.tracing(context)
+
+
+def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep dynamo out of a function that compiled code calls."""
+    return torch._dynamo.disable(function)
 
 
 def rng_state_bytes(device_type: str) -> int:

@@ -1,0 +1,132 @@
+"""A model in pieces: graph breaks give several graphs, which share one budget.
+
+While a piece runs, the others hold something too: their parameters, what earlier pieces saved for their backward, the
+gradients that later pieces have made. The first piece is planned before the later ones are known, so plans are made
+again, piece by piece from the first, once a step has shown them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from memplan import torch_compat
+from memplan.errors import BudgetInfeasibleError
+from memplan.options import Options
+from memplan.planner import Elsewhere, Planned
+from memplan.problem import Category, Phase
+
+log = logging.getLogger("memplan")
+
+_REPLANS = 2  # a piece's needs change when its neighbours' plans do; twice settles all but contrived models
+
+Compile = Callable[[Options, Elsewhere], tuple[Callable[..., Any], Planned | None]]
+
+
+class Piece:
+    """One graph of a model, callable; plans itself again when what the other pieces hold has changed."""
+
+    def __init__(self, model: Model, compile_piece: Compile) -> None:
+        self._model, self._compile = model, compile_piece
+        self._context = torch_compat.TracingContext.try_get()
+        self._planned_for: Elsewhere | None = None
+        self._replans = 0
+        self.planned: Planned | None = None
+        self.frame = torch_compat.frame_id()
+        model.add(self)
+        self._plan(first=True)
+
+    @torch_compat.never_traced
+    def __call__(self, *args: Any) -> Any:
+        if self.planned is not None and self._replans < _REPLANS and self._model.elsewhere(self) != self._planned_for:
+            self._replans += 1
+            with torch_compat.tracing(self._context):
+                self._plan(first=False)
+        return self._run(*args)
+
+    def _plan(self, first: bool) -> None:
+        elsewhere = self._model.elsewhere(self)
+        try:
+            self._run, self.planned = self._compile(self._model.options, elsewhere)
+        except BudgetInfeasibleError as error:
+            if not first or len(self._model.pieces) == 1 or error.smallest is None:
+                raise
+            # The earlier pieces were planned as if they were alone. From the next step on they leave room for this one.
+            log.warning(
+                "a later part of the model does not fit beside the parts before it; the next step is planned anew"
+            )
+            self._run, self.planned = self._compile(self._model.options.without_budget(), elsewhere)
+        self._planned_for = elsewhere
+
+
+@dataclass
+class Model:
+    """The pieces compiled under one ``torch.compile`` call, in the order in which they were first met."""
+
+    options: Options
+    pieces: list[Piece] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
+        """A new piece, or the same one compiled again for other shapes, which takes the old one's place."""
+        for at, known in enumerate(self.pieces):
+            if piece.frame is not None and known.frame == piece.frame:
+                self.pieces[at] = piece
+                return
+        self.pieces.append(piece)
+
+    def elsewhere(self, piece: Piece) -> Elsewhere:
+        """What the other pieces hold while ``piece`` runs."""
+        at = self.pieces.index(piece)
+        before = [p.planned for p in self.pieces[:at] if p.planned is not None]
+        after = [p.planned for p in self.pieces[at + 1 :] if p.planned is not None]
+        mine = piece.planned
+        seen = _parameters(mine) if mine is not None else Counter()
+        parameters = 0
+        for other in (*before, *after):
+            fresh = _parameters(other) - seen
+            parameters += sum(size * count for (_, size), count in fresh.items())
+            seen |= fresh
+        saved = sum(_left(p) for p in before)
+        gradients = sum(_gradients(p) for p in after)
+        meanwhile, passed = 0, 0
+        for p in after:
+            meanwhile = max(meanwhile, passed + p.timeline.peak - p.problem.resident_bytes)
+            passed += _left(p)
+        return Elsewhere(parameters + saved + gradients, max(0, meanwhile - gradients))
+
+
+def _parameters(planned: Planned) -> Counter[tuple[str, int]]:
+    buffers = (planned.problem.buffers[b] for b in planned.problem.resident)
+    return Counter((b.name, b.size) for b in buffers if b.category in (Category.PARAMETER, Category.BUFFER))
+
+
+def _left(planned: Planned) -> int:
+    """Bytes that a piece's forward leaves for its backward and its readers, the resident ones not counted."""
+    program = planned.lowered.program
+    held = 0
+    for step in program.steps:
+        if step.phase != Phase.FORWARD:
+            break
+        held += sum(program.storages[s].size for s in step.makes) - sum(program.storages[s].size for s in step.frees)
+    return held
+
+
+def _gradients(planned: Planned) -> int:
+    """Bytes of the gradients that a piece's backward hands to the caller."""
+    outputs, buffers = set(planned.problem.outputs), planned.problem.buffers
+    made = (b for op in planned.problem.ops for b in op.writes)
+    return sum(buffers[b].size for b in made if b in outputs and buffers[b].category == Category.GRADIENT)
+
+
+class Models:
+    """Finds the model that a graph belongs to: torch hands every graph of one ``torch.compile`` the same options."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Mapping[str, Any], Model]] = {}
+
+    def of(self, given: Mapping[str, Any], options: Options) -> Model:
+        known = self._known.setdefault(id(given), (given, Model(options)))  # the reference keeps the id from reuse
+        return known[1]
