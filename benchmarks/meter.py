@@ -58,8 +58,8 @@ class Meter:
         if not hasattr(library, "peak_interposer_live"):
             raise RuntimeError("this process does not count allocations; start it with meter.interposed_environment()")
         self._live, self._peak = library.peak_interposer_live, library.peak_interposer_peak
-        self._large = library.peak_interposer_large
-        self._live.restype = self._peak.restype = self._large.restype = ctypes.c_longlong
+        self._aligned = library.peak_interposer_aligned
+        self._live.restype = self._peak.restype = self._aligned.restype = ctypes.c_longlong
         self._reset = library.peak_interposer_reset
         self._reset.restype = None
 
@@ -68,10 +68,10 @@ class Meter:
         gc.collect()
         return self._live()
 
-    def large(self) -> int:
-        """Bytes held now in blocks of at least 1 MiB, garbage collected first: tensors and arenas, no Python objects."""
+    def tensors(self) -> int:
+        """Bytes held now in aligned blocks, garbage collected first: tensors and arenas, no Python objects."""
         gc.collect()
-        return self._large()
+        return self._aligned()
 
     def measure(self, call: Callable[[], object]) -> Peak:
         """Run ``call`` and drop its result; garbage is collected before, not during."""

@@ -1,24 +1,25 @@
 /* Counts the bytes a process holds from malloc: LD_PRELOAD this library, then read and reset the count through ctypes.
  *
  * Every block of at least COUNTED_FROM usable bytes counts with its malloc_usable_size; smaller ones (Python objects,
- * bookkeeping) are left out, tensors are not. Blocks of at least LARGE_FROM count a second time on their own: an
- * interpreter at work never holds one, so they tell what a compiled step keeps between its runs (an arena, a cache).
+ * bookkeeping) are left out, tensors are not. Blocks that were asked for with an alignment count a second time on their
+ * own: PyTorch takes every tensor so and an interpreter nothing, so they tell what a compiled step keeps between its
+ * runs (an arena, a cache) apart from what Python imported meanwhile.
  * mmap is not counted: no CPU kernel of PyTorch maps its tensors.
  * The next definition of each function is looked up with dlsym; what dlsym itself allocates meanwhile comes from a
- * small static area. Counters are atomics, so any thread may allocate and any thread may read.
+ * small static area. Any thread may allocate and any thread may read.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <malloc.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 #define COUNTED_FROM 4096
-#define LARGE_FROM (1 << 20)
 
-static _Atomic long long live_bytes, peak_bytes, large_bytes;
+static _Atomic long long live_bytes, peak_bytes, aligned_bytes;
 
 static void *(*next_malloc)(size_t);
 static void *(*next_calloc)(size_t, size_t);
@@ -61,7 +62,6 @@ static size_t counted(void *block) {
 
 static void add(size_t size) {
     if (!size) return;
-    if (size >= LARGE_FROM) atomic_fetch_add_explicit(&large_bytes, (long long)size, memory_order_relaxed);
     long long now = atomic_fetch_add_explicit(&live_bytes, (long long)size, memory_order_relaxed) + (long long)size;
     long long peak = atomic_load_explicit(&peak_bytes, memory_order_relaxed);
     while (now > peak && !atomic_compare_exchange_weak_explicit(&peak_bytes, &peak, now, memory_order_relaxed,
@@ -69,10 +69,57 @@ static void add(size_t size) {
     }
 }
 
-static void subtract(size_t size) {
+/* The aligned blocks that live, in a hash table with linear probing: free() is not told how a block was asked for. */
+#define SLOTS ((size_t)1 << 17)
+
+static void *slots[SLOTS];
+static size_t taken;
+static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
+
+static size_t home(const void *block) { return ((uintptr_t)block >> 6) * 0x9E3779B97F4A7C15u >> 47; }
+
+static size_t after(size_t slot) { return (slot + 1) & (SLOTS - 1); }
+
+static void *add_aligned(void *block) {
+    size_t size = counted(block);
+    if (!size) return block;
+    add(size);
+    pthread_mutex_lock(&guard);
+    if (taken < SLOTS / 2) { /* a fuller table would be slow; more blocks than that are not tensors of a benchmark */
+        size_t slot = home(block);
+        while (slots[slot]) slot = after(slot);
+        slots[slot] = block;
+        taken++;
+        atomic_fetch_add_explicit(&aligned_bytes, (long long)size, memory_order_relaxed);
+    }
+    pthread_mutex_unlock(&guard);
+    return block;
+}
+
+/* Take the block out of the table and move up what stood behind it for want of its own slot. */
+static int forget(const void *block) {
+    size_t slot = home(block);
+    while (slots[slot] && slots[slot] != block) slot = after(slot);
+    if (!slots[slot]) return 0;
+    for (size_t next = after(slot); slots[next]; next = after(next)) {
+        size_t wanted = home(slots[next]);
+        if (((next - wanted) & (SLOTS - 1)) >= ((next - slot) & (SLOTS - 1))) {
+            slots[slot] = slots[next];
+            slot = next;
+        }
+    }
+    slots[slot] = NULL;
+    taken--;
+    return 1;
+}
+
+static void subtract(void *block) {
+    size_t size = counted(block);
     if (!size) return;
-    if (size >= LARGE_FROM) atomic_fetch_sub_explicit(&large_bytes, (long long)size, memory_order_relaxed);
     atomic_fetch_sub_explicit(&live_bytes, (long long)size, memory_order_relaxed);
+    pthread_mutex_lock(&guard);
+    if (forget(block)) atomic_fetch_sub_explicit(&aligned_bytes, (long long)size, memory_order_relaxed);
+    pthread_mutex_unlock(&guard);
 }
 
 void *malloc(size_t size) {
@@ -102,8 +149,9 @@ void *realloc(void *block, size_t size) {
     size_t before = counted(block);
     void *moved = next_realloc(block, size);
     if (moved || !size) {
-        /* Both copies may exist for an instant, but only inside the allocator: the count follows what the caller holds. */
-        subtract(before);
+        /* Both copies may exist for an instant, but only inside the allocator: the count follows what the caller holds.
+         * No one reallocates an aligned block: it would lose its alignment. */
+        atomic_fetch_sub_explicit(&live_bytes, (long long)before, memory_order_relaxed);
         add(counted(moved));
     }
     return moved;
@@ -112,33 +160,29 @@ void *realloc(void *block, size_t size) {
 void free(void *block) {
     if (!block || is_early(block)) return;
     look_up();
-    subtract(counted(block));
+    subtract(block);
     next_free(block);
 }
 
 int posix_memalign(void **out, size_t alignment, size_t size) {
     look_up();
     int status = next_posix_memalign(out, alignment, size);
-    if (!status) add(counted(*out));
+    if (!status) add_aligned(*out);
     return status;
 }
 
 void *aligned_alloc(size_t alignment, size_t size) {
     look_up();
-    void *block = next_aligned_alloc(alignment, size);
-    add(counted(block));
-    return block;
+    return add_aligned(next_aligned_alloc(alignment, size));
 }
 
 void *memalign(size_t alignment, size_t size) {
     look_up();
-    void *block = next_memalign(alignment, size);
-    add(counted(block));
-    return block;
+    return add_aligned(next_memalign(alignment, size));
 }
 
 /* What the measuring program calls. */
 long long peak_interposer_live(void) { return atomic_load(&live_bytes); }
-long long peak_interposer_large(void) { return atomic_load(&large_bytes); }
+long long peak_interposer_aligned(void) { return atomic_load(&aligned_bytes); }
 long long peak_interposer_peak(void) { return atomic_load(&peak_bytes); }
 void peak_interposer_reset(void) { atomic_store(&peak_bytes, atomic_load(&live_bytes)); }

@@ -60,7 +60,7 @@ def run(job: Job) -> Record:
     workload = build(job.model)
     step = Step(prepare(Contender.parse(job.contender), workload, job.model.dropout), workload)
     start = {name: value.clone() for name, value in workload.model.named_buffers()}
-    before = meter.large()
+    before = meter.tensors()
     began = time.perf_counter()
     try:
         step()
@@ -85,7 +85,7 @@ def build(model: Model) -> zoo.Workload:
 
 def memory(step: Step, meter: Meter, before: int) -> Record:
     """Peak of a warm step above what was held before the first one: a contender pays for what it keeps between steps."""
-    kept = meter.large() - before
+    kept = meter.tensors() - before
     above = []
     for _ in range(_PEAKS):
         step.clear()

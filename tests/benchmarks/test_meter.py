@@ -26,9 +26,9 @@ def step():
     libc.free(c)
     libc.free(b)
 
-before = meter.large()
+before = meter.tensors()
 kept = libc.aligned_alloc(64, 6_400_000)
-print(meter.measure(step).above, meter.large() - before)
+print(meter.measure(step).above, meter.tensors() - before)
 """
 
 
