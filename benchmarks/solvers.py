@@ -75,8 +75,9 @@ def section(solver: str, found: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """All columns that any row has, in the order of their first appearance."""
+    """All columns that any row has, in the order of their first appearance, the scorer's verdict last."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in HIDDEN))
+    columns.sort(key="scored".__eq__)
     return markdown(columns, ([_cell(row.get(key)) for key in columns] for row in rows))
 
 

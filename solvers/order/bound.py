@@ -10,6 +10,8 @@ It is never below the forced-live bytes, because every op that is free to run be
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from ortools.graph.python import max_flow
 
@@ -70,15 +72,15 @@ def _add_at(forced: np.ndarray, bits: int, size: int, writer: int) -> None:
         forced[writer] -= size
 
 
-def cut_bound(model: OrderModel, loads: dict[int, int], floor: int, work: int) -> int:
+def cut_bound(model: OrderModel, loads: dict[int, int], floor: int, work: int, deadline: float) -> int:
     """The largest minimum cut over the runs, at least ``floor``.
 
     ``loads``: what each run holds in some valid order, which no cut exceeds; runs are tried from the largest down until
-    none can raise the bound, or until graphs of ``work`` nodes in all have been cut.
+    none can raise the bound, until graphs of ``work`` nodes in all have been cut, or until ``deadline`` (monotonic time).
     """
     best = floor
     for v in sorted(loads, key=lambda v: (-loads[v], v)):
-        if loads[v] <= best or work < 0:
+        if loads[v] <= best or work < 0 or time.monotonic() > deadline:
             break
         work -= model.n
         best = max(best, cut_at(model, v))

@@ -14,7 +14,7 @@ from memplan.solvers.order.sweep import KEYS, list_schedule, sweep
 from memplan.units import format_bytes
 
 # Effort at ``Limits.work`` 1, in units that do not depend on the machine.
-CUT_WORK = 2_000_000  # nodes of the graphs whose minimum cuts are taken
+CUT_WORK = 500_000  # nodes of the graphs whose minimum cuts are taken
 BRIEF_WORK = 1_000_000  # runs that exact search may look at, in each direction: before annealing
 EXACT_WORK = 20_000_000  # and after it
 WORK_PER_SECOND = 3_000_000  # a slow machine's; 5 to 20 million where this was written
@@ -77,7 +77,8 @@ class OrderSearch:
 
     def cuts(self) -> None:
         loads = dict(zip(self.order, self.model.loads(self.order), strict=True))
-        self.raise_bound(cut_bound(self.model, loads, self.bound, int(CUT_WORK * self.limits.work)), "minimum cut")
+        work = int(CUT_WORK * self.limits.work)
+        self.raise_bound(cut_bound(self.model, loads, self.bound, work, self.deadline), "minimum cut")
 
     def exact(self, work: float) -> None:
         """Close the interval between bound and peak by exact search, in either direction; they differ in effort."""
@@ -107,8 +108,9 @@ class OrderSearch:
             return (self.bound + self.peak - 1) // 2
         if max(unsolved) < self.peak - 1:
             return self.peak - 1
-        limit = (self.bound + min(unsolved) - 1) // 2
-        return limit if limit < min(unsolved) and len(unsolved) < 5 else None
+        foot = min(self.peak, *unsolved)
+        limit = (self.bound + foot - 1) // 2
+        return limit if limit < foot and len(unsolved) < 5 else None
 
     def anneal(self) -> None:
         """Rounds of annealing, each from where the last one ended, aimed at a target just below the best peak."""
