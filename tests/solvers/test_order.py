@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.errors import InputError, PlanError
+from memplan.graph_files import load_graph
 from memplan.outcome import Limits, Status
 from memplan.problem import Buffer, Op, Phase, Problem
 from memplan.solvers.order import forced_live_bound, polish_order, solve_order
@@ -244,3 +245,16 @@ def test_small_graphs_are_solved_to_proven_optimality() -> None:
     plans = [solve_order(random_problem(rng, rng.randrange(10, 31), density=1.2)) for _ in range(200)]
     assert all(plan.status == Status.OPTIMAL for plan in plans)
     assert any(plan.peak < plan.unplanned_peak for plan in plans)
+
+
+@pytest.mark.skipif("MEMPLAN_DATA" not in os.environ, reason="MEMPLAN_DATA names no folder of public instances")
+@pytest.mark.parametrize(
+    ("name", "percent"),
+    [("random_layered_n100", 79.43), ("random_layered_n250", 71.63), ("fcn8_vgg_train", 100), ("resnet50_train", 100)],
+)
+def test_public_graphs_are_solved_to_proven_optimality(name: str, percent: float) -> None:
+    problem = load_graph(Path(os.environ["MEMPLAN_DATA"]) / "recompute" / f"{name}.json").problem
+    plan = solve_order(problem)
+    validate(problem, plan)
+    assert plan.status == Status.OPTIMAL
+    assert 100 * plan.peak <= percent * plan.unplanned_peak
