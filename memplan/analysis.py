@@ -248,14 +248,17 @@ class Analysis:
         return notebook_html(self)
 
 
+def relative_source(source: str, here: str | None = None) -> str:
+    """``file:line`` without the folder ``here`` (the working directory) or the path of the site-packages it lies in."""
+    _, installed, within = source.rpartition(f"{os.sep}site-packages{os.sep}")
+    return within if installed else source.removeprefix(f"{here or Path.cwd()}{os.sep}")
+
+
 def _with_relative_sources(program: Program) -> Program:
-    here = f"{Path.cwd()}{os.sep}"
-
-    def relative(source: str) -> str:
-        _, installed, within = source.rpartition(f"{os.sep}site-packages{os.sep}")
-        return within if installed else source.removeprefix(here)
-
-    return replace(program, storages=tuple(replace(s, source=relative(s.source)) for s in program.storages))
+    here = str(Path.cwd())
+    return replace(
+        program, storages=tuple(replace(s, source=relative_source(s.source, here)) for s in program.storages)
+    )
 
 
 def environment() -> dict[str, str]:

@@ -94,6 +94,9 @@ def plan(
     What is recomputed or moved, the predicted time, its bound and the gap.
     Exit status 1: no plan fits; the smallest feasible budget is named. ENTRY's code is executed.
     """
+    from dataclasses import replace
+
+    from memplan.analysis import relative_source
     from memplan.errors import BudgetInfeasibleError
 
     check_output(output, force)
@@ -108,7 +111,8 @@ def plan(
             time_limit=time_limit,
         )
     except BudgetInfeasibleError as error:
-        tell(str(error))
+        alive = tuple(replace(b, source=relative_source(b.source)) for b in error.alive)
+        tell(str(BudgetInfeasibleError(error.budget, error.smallest, error.bound, error.tightest, alive)))
         return 1
     if output:
         analysis.export(output)

@@ -77,7 +77,7 @@ def _branches(tree: Tree, node: ModuleNode, depth: int, smallest: int) -> None:
         if total < smallest:
             rest += total
             continue
-        said = f"{child.name}–{alike[-1].name} ({len(alike)} ×, one of them:)" if len(alike) > 1 else child.name
+        said = f"each of {child.name}–{alike[-1].name} ({len(alike)} ×)" if len(alike) > 1 else child.name
         branch = tree.add(Text.assemble((f"{format_bytes(child.total):>10}  ", "cyan"), said))
         _branches(branch, child, depth - 1, smallest)
     if node.own and node.children:

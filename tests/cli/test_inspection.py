@@ -92,7 +92,7 @@ def test_plan_within_a_budget_and_its_export(entry, tmp_path, capsys):
 def test_a_budget_nothing_fits_is_1_and_says_what_would(entry, capsys):
     assert run(["plan", entry, "--memory-budget", "10KiB"]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and "smallest feasible budget" in captured.err and "train.py:" in captured.err
+    assert captured.out == "" and "smallest feasible budget" in captured.err and " train.py:11" in captured.err
 
 
 def test_frontier_is_monotone_and_drawn(entry, tmp_path, capsys):

@@ -38,7 +38,7 @@ def test_every_command_of_a_guide_runs(folder, capsys, name):
             status = run(shlex.split(command)[1:])
             captured = capsys.readouterr()
             assert status == (1 if command in EXIT_1 else 0), captured.err
-            shown += [line, *(captured.out or captured.err).rstrip().splitlines()]
+            shown += [line, *(part.rstrip() for part in (captured.out or captured.err).rstrip().splitlines())]
         if os.environ.get("MEMPLAN_UPDATE_DOCS") and name == "cli.md":
             text = text.replace(block, "\n".join(shown) + "\n")
     if text != guide.read_text():
