@@ -118,6 +118,7 @@ def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | Non
         text = writers[chosen](verdicts)
         if text:
             emit(text)
+        tell(ci.summary(verdicts))
     markdown = ci.verdict_markdown(verdicts)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:

@@ -39,7 +39,7 @@ def verdict_view(verdicts: Sequence[Verdict]) -> Group:
     for column in ("base", "head", "Δ", "limit"):
         table.add_column(column, justify="right")
     table.add_column("")
-    parts: list[RenderableType] = [Text(_summary(verdicts), style="bold"), table]
+    parts: list[RenderableType] = [Text(summary(verdicts), style="bold"), table]
     for v in verdicts:
         mark = Text("ok", style="green") if v.ok else Text("error" if v.error else "FAILED", style="bold red")
         table.add_row(*_cells(v), mark)
@@ -61,7 +61,8 @@ def _change_table(changes: Sequence[Change]) -> Table:
     return table
 
 
-def _summary(verdicts: Sequence[Verdict]) -> str:
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """The verdict in one line."""
     bad = [v.name for v in verdicts if not v.ok]
     if not bad:
         return f"memplan: {len(verdicts)} of {len(verdicts)} models within budget"
@@ -104,7 +105,7 @@ def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
     """Verdict first, one table, changes folded; cut to what a GitHub comment takes."""
     icon = "✅" if exit_code(verdicts) == 0 else "❌"
     lines = [
-        f"### {icon} {_summary(verdicts)}",
+        f"### {icon} {summary(verdicts)}",
         "",
         "| model | base | head | Δ | limit | |",
         "|---|--:|--:|--:|--:|---|",
