@@ -11,7 +11,6 @@ import gc
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +64,8 @@ class Meter:
         self._reset.restype = None
 
     def live(self) -> int:
-        """Bytes held now; garbage is collected first, and memplan's idle arenas are given back: steps take them anew."""
+        """Bytes held now, garbage collected first."""
         gc.collect()
-        if "memplan.runtime.arena" in sys.modules:
-            sys.modules["memplan.runtime.arena"].release_idle()
         return self._live()
 
     def tensors(self) -> int:
