@@ -21,8 +21,9 @@ import numpy as np
 from numba import njit
 
 # Registers of a search: the scalars that a paused search needs to go on.
-DEPTH, CELL, CELLS, POOL, TRAIL, FAILS, WORK, NEXT = range(8)
-REGISTERS = 8
+# TOUCHED: a limit of a buffer in a tight section has changed since the section bound was last checked.
+DEPTH, CELL, CELLS, POOL, TRAIL, FAILS, WORK, NEXT, TOUCHED = range(9)
+REGISTERS = 9
 
 # What ``advance`` returns.
 SOLVED, REFUTED, PAUSED, FULL = range(4)
@@ -48,7 +49,7 @@ def lift(j, start, end, pool, off, size, lo, hi, reg):
 
 
 @njit(cache=True, nogil=True)
-def settle(cell, cells, pool, off, loose, size, lo, hi, twin, late, placed, trail, reg):
+def settle(cell, cells, pool, off, loose, size, lo, hi, twin, tlo, thi, late, placed, trail, reg):
     """Lift every limit of the cell that rests on nothing to the lowest top it can rest on.
 
     One sweep in order of limits is enough: what a buffer can rest on has a lower limit. Returns False when a buffer
@@ -70,19 +71,21 @@ def settle(cell, cells, pool, off, loose, size, lo, hi, twin, late, placed, trai
         if target > late[j]:
             reg[NEXT] = min(reg[NEXT], target + size[j])
             return False
-        raise_limit(j, target, q, end, pool, off, loose, trail, reg)
+        raise_limit(j, target, q, end, pool, off, loose, tlo, thi, trail, reg)
     reg[WORK] += end - start
     return True
 
 
 @njit(cache=True, nogil=True)
-def raise_limit(j, target, at, end, pool, off, loose, trail, reg):
+def raise_limit(j, target, at, end, pool, off, loose, tlo, thi, trail, reg):
     """Set off[j] to a higher limit that rests on nothing yet, and move j from pool[at] to its place in the order."""
     t = reg[TRAIL]
     trail[t, 0], trail[t, 1], trail[t, 2] = j, off[j], loose[j]
     reg[TRAIL] = t + 1
     off[j] = target
     loose[j] = True
+    if thi[j] > tlo[j]:
+        reg[TOUCHED] = 1
     q = at
     while q + 1 < end and off[pool[q + 1]] < target:
         pool[q] = pool[q + 1]
@@ -133,8 +136,9 @@ def pick(cell, cells, pool, off, rank):
 
 @njit(cache=True, nogil=True)
 def place(
-    at, cell, cells, pool, off, loose, size, lo, hi, late, placed, cover, total, weight, capacity, frames, trail, reg
-):
+    at, cell, cells, pool, off, loose, size, lo, hi, tlo, thi, late, placed, cover, total, weight, capacity,
+    frames, trail, reg,
+):  # fmt: skip
     """Put pool[at] at its limit: a new frame, higher limits for the rest of the cell, and the cells that remain.
 
     Returns False when the rest cannot fit above it.
@@ -156,7 +160,7 @@ def place(
         split |= cover[s] == 0
     start, end = cells[cell, START], cells[cell, END]
     reg[WORK] += (end - start) + (hi[j] - lo[j]) // 4
-    if top + most > capacity:
+    if top + most > capacity or off[j] > late[j]:
         reg[NEXT] = min(reg[NEXT], top + most)
         for s in range(lo[j], hi[j]):
             if top + total[s] > capacity:
@@ -186,6 +190,8 @@ def place(
             t += 1
             off[k] = top
             loose[k] = False
+            if thi[k] > tlo[k]:
+                reg[TOUCHED] = 1
         pool[block] = k
         block += 1
     reg[TRAIL] = t
@@ -211,8 +217,11 @@ def split_cell(parent, start, end, split, owner, cells, pool, lo, cover, total, 
             cells[new, AFTER], cells[new, OWNER] = after, owner
             after = new
             new += 1
+        else:
+            reg[TOUCHED] = 1
         reg[CELL], reg[CELLS], reg[POOL] = after, new, end
         return
+    reg[TOUCHED] = 1
     free = end
     left = first
     for s in range(first + 1, last + 1):
@@ -276,16 +285,18 @@ def advance(
             or reg[TRAIL] + 2 * width + 1 > len(trail)
         ):
             return FULL
-        fits = settle(cell, cells, pool, off, loose, size, lo, hi, twin, late, placed, trail, reg)
+        fits = settle(cell, cells, pool, off, loose, size, lo, hi, twin, tlo, thi, late, placed, trail, reg)
         if reg[TRAIL] + width + 1 > len(trail):
             return FULL
-        fits = fits and sections_hold(cell, cells, pool, off, size, tlo, thi, capacity, above, tight, weight, reg)
+        if fits and reg[TOUCHED]:
+            fits = sections_hold(cell, cells, pool, off, size, tlo, thi, capacity, above, tight, weight, reg)
         owner = cells[cell, OWNER]
+        reg[TOUCHED] = 0
         if fits:
             at = pick(cell, cells, pool, off, rank)
             if place(
-                at, cell, cells, pool, off, loose, size, lo, hi, late, placed, cover, total, weight, capacity,
-                frames, trail, reg,
+                at, cell, cells, pool, off, loose, size, lo, hi, tlo, thi, late, placed, cover, total, weight,
+                capacity, frames, trail, reg,
             ):  # fmt: skip
                 if reg[CELL] < 0:
                     return SOLVED
@@ -304,7 +315,7 @@ def advance(
                 at = start
                 while pool[at] != j:
                     at += 1
-                raise_limit(j, target, at, end, pool, off, loose, trail, reg)
+                raise_limit(j, target, at, end, pool, off, loose, tlo, thi, trail, reg)
                 break
             reg[NEXT] = min(reg[NEXT], target + size[j])
             owner = cells[cell, OWNER]

@@ -60,6 +60,7 @@ class Search:
         self.cells[0] = (0, n, 0, c.sections, -1, -1)
         self.reg[:] = 0
         self.reg[branch.CELLS], self.reg[branch.POOL], self.reg[branch.NEXT] = 1, n, NO_LIMIT
+        self.reg[branch.TOUCHED] = 1
 
     def advance(self, budget: int, most_fails: int) -> int:
         """Go on for about ``budget`` steps or up to ``most_fails`` failed nodes in all: SOLVED, REFUTED or PAUSED.
