@@ -57,7 +57,7 @@ def pack(problem: Problem) -> Graph:
     makes = [sum(problem.buffers[b].size for b in op.writes) for op in ops]
     guards = [i in makes_held or (op.once and op.phase == Phase.FORWARD) for i, op in enumerate(ops)]
     tickets = _lottery(problem, size)
-    rows = [
+    rows: list[Sequence[int] | Ints] = [
         *_rows(problem.operands),
         *_rows([op.writes for op in ops]),
         *_rows(problem.readers),

@@ -19,7 +19,7 @@ from memplan.problem import Phase, Problem
 
 REFINEMENTS = 6  # programs one after the other; each costs about as much as the ones before together
 LARGEST = 150_000  # columns of a program: 10 s for HiGHS
-SECONDS = 8.0  # the programs of training graphs take up to 2 s; those of dense random graphs may take minutes
+SECONDS = 8.0  # the programs of training graphs take up to 2 s; those of dense random graphs may take minutes; more per 5,000 columns
 NODES = 30  # most of the proof is there at the root: more nodes changed no bound of the public graphs by 0.01 %
 
 
@@ -140,7 +140,9 @@ def refine(
     for _ in range(REFINEMENTS):
         if not at or columns * (len(at) + 1) > LARGEST or clock.monotonic() > deadline:
             break
-        found = presence(problem, budget, at, seconds=min(SECONDS, deadline - clock.monotonic()))
+        found = presence(
+            problem, budget, at, seconds=min(SECONDS * max(1, columns / 5000), deadline - clock.monotonic())
+        )
         best = replace(best, bound=max(best.bound, found.bound))
         if found.sequence is None:
             break

@@ -15,6 +15,7 @@ from memplan.solvers.recompute.anneal import anneal, new_best, new_work
 from memplan.solvers.recompute.arrays import Graph, pack
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
 from memplan.solvers.recompute.presence import refine
+from memplan.solvers.recompute.reach import proves_infeasible
 from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
 from memplan.validate import check_sequence
 
@@ -24,6 +25,8 @@ CHUNK = 5_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
 # The two rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
 # one forgets most of its start; the cold one keeps the order of its start and removes what is not needed.
 HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
+BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
+MANY = 1000  # ops from which annealing is slower than the presence programs
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
 LOWERINGS = 20  # targets that a search for the lowest peak sets itself one after the other
 FIRST_PRICE = 0.05  # all bytes over the budget of the first sequence together cost this share of the total time
@@ -48,6 +51,7 @@ class Search:
         self.best = new_best(capacity)
         self.time = 0.0
         self.moves = int(limits.work * default_moves(len(problem.ops)))
+        self.infeasible = False  # proven
         self.price = 1e-9  # of the round before, per byte over the budget at one position
         self.typical = max(problem.total_time, 1e-9) / max(1, len(problem.ops))
 
@@ -113,8 +117,8 @@ def solve_recompute(
     """The fastest sequence found whose peak stays within ``budget`` bytes, resident buffers included.
 
     ``start``: a valid sequence to begin from (PlanError otherwise); the plan is never slower than it where it fits.
-    INFEASIBLE (proven): the budget is below ``peak_bound``; TIMED_OUT: nothing found; both carry the lowest sequence
-    met and no budget. An interrupt from the keyboard ends the search with the best plan so far.
+    INFEASIBLE (proven): the budget is below ``peak_bound``, or ``proves_infeasible``; TIMED_OUT: nothing found; both
+    carry the lowest sequence met and no budget. An interrupt from the keyboard ends the search with the best plan so far.
     """
     stored = tuple(range(len(problem.ops)))
     unplanned_peak, unplanned_time = check_sequence(problem, stored)
@@ -150,7 +154,8 @@ def solve_recompute(
         search.say("interrupted: going on with the best plan so far")
     found = search.fastest()
     if found is None:
-        return plan(search.lowest() or stored, Status.TIMED_OUT, problem.total_time)
+        status = Status.INFEASIBLE if search.infeasible else Status.TIMED_OUT
+        return plan(search.lowest() or stored, status, problem.total_time)
     if len(found) == len(stored):
         return plan(found, Status.OPTIMAL, problem.total_time)
     time = sum(problem.ops[i].time for i in found)
@@ -161,26 +166,32 @@ def solve_recompute(
 def _search(search: Search, budget: int, floor: int, start: Sequence[int]) -> float:
     """Fill ``search.best``; returns the bound for the stored order.
 
-    A hot round first, as it may find an order that needs no recomputation at all; then the presence programs, whose
-    sequence is often optimal for the stored order; then a cold round from the better of the two.
+    Up to MANY ops a hot round first, as it may find an order that needs no recomputation at all; then the presence
+    programs, whose sequence is often optimal for the stored order; then annealing where a gap is left.
     """
     problem, room = search.problem, budget - search.problem.resident_bytes
-    search.round(start, room, *HOT)
+    small = len(problem.ops) <= MANY
+    search.round(start, room, *(HOT if small else BRIEF))
     if search.best.time[0] <= problem.total_time * (1 + 1e-12):
         return problem.total_time
+    if search.fastest() is None and proves_infeasible(problem, budget):
+        search.infeasible = True
+        return problem.total_time
     relaxed = refine(problem, budget, search.loads, search.deadline)
-    search.say(f"presence programs: no plan in stored order is faster than {relaxed.bound:.6g}")
+    bound = relaxed.bound if relaxed.bound < np.inf else problem.total_time
+    search.say(f"presence programs: no plan in stored order is faster than {bound:.6g}")
     if relaxed.sequence is not None:
-        search.round(relaxed.sequence, room, *COLD)
+        search.round(relaxed.sequence, room, *(COLD if small else BRIEF))
+    for kind in (COLD,) if small else (HOT, COLD):
+        if search.best.time[0] > bound * (1 + CLOSE):
+            search.round(search.fastest() or start, room, *kind)
     if search.fastest() is None:
         search.say("nothing fits yet: lowering the peak")
         _lower(search, max(room, floor - problem.resident_bytes), search.lowest(), search.moves // 2)
         search.best.time[0] = np.inf  # what fits a target above the budget does not count
         if search.best.low[1] <= room:
             search.round(search.lowest(), room, *COLD)
-    elif search.best.time[0] > relaxed.bound * (1 + CLOSE):
-        search.round(search.fastest() or start, room, *COLD)
-    return max(relaxed.bound, recompute_bound(problem, budget)) if relaxed.bound < np.inf else problem.total_time
+    return max(bound, recompute_bound(problem, budget))
 
 
 def _lower(search: Search, goal: int, start: Sequence[int], moves: int) -> None:
@@ -206,7 +217,7 @@ def _lower(search: Search, goal: int, start: Sequence[int], moves: int) -> None:
 
 
 def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence[int] | None = None) -> Plan:
-    """The sequence with the smallest peak found, whatever its time; OPTIMAL where it meets ``peak_bound``."""
+    """The sequence with the smallest peak found, whatever its time; OPTIMAL where it is proven the smallest."""
     stored = tuple(range(len(problem.ops)))
     unplanned_peak, unplanned_time = check_sequence(problem, stored)
     floor = peak_bound(problem)
@@ -221,6 +232,8 @@ def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence
             search.say("interrupted: going on with the lowest plan so far")
         found = search.lowest() or found
     peak, time = check_sequence(problem, found)
+    if peak > floor and proves_infeasible(problem, peak - 1):
+        floor = peak
     return Plan(
         sequence=found,
         budget=None,

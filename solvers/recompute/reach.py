@@ -1,0 +1,83 @@
+"""Proof that no sequence at all keeps a budget: a pebble game on the large buffers, played out in full.
+
+Small buffers are taken to be always there and to weigh nothing, and any op may run any number of times; a budget under
+which some op can never run even so is infeasible for every order and every recomputation.
+"""
+
+from __future__ import annotations
+
+from memplan.problem import Problem
+
+STATES = 150_000  # sets of held buffers that one game may visit; about 5 s
+LARGEST = 400  # buffers in a game
+
+
+def proves_infeasible(problem: Problem, budget: int) -> bool:
+    """Whether no sequence keeps ``budget`` bytes, resident ones included; False means only that no proof was found.
+
+    Games with more and more of the buffers, the largest first, until one proves it or visits too many states.
+    """
+    room = budget - problem.resident_bytes
+    sizes = sorted({b.size for b, w in zip(problem.buffers, problem.writer, strict=True) if w >= 0}, reverse=True)
+    for least in sizes:
+        if least * 16 < sizes[0]:
+            return False  # what is so small hardly stands in the way, and makes the game large
+        able = _everything_runs(problem, room, least)
+        if able is None:
+            return False
+        if not able:
+            return True
+    return False
+
+
+def _everything_runs(problem: Problem, room: int, least: int) -> bool | None:
+    """Whether every op can run in the game with buffers from ``least`` bytes on; None when it is too large to tell."""
+    large = [b for b, w in enumerate(problem.writer) if w >= 0 and problem.buffers[b].size >= least]
+    if len(large) > LARGEST:
+        return None
+    bit = {b: 1 << at for at, b in enumerate(large)}
+    size = {bit[b]: problem.buffers[b].size for b in large}
+    moves = []
+    for i, op in enumerate(problem.ops):
+        reads = sum(bit[b] for b in problem.operands[i] if b in bit)
+        writes = sum(bit[b] for b in op.writes if b in bit)
+        moves.append((reads, writes, op.workspace))
+    waiting = {(reads, writes, workspace) for reads, writes, workspace in moves if reads or writes}
+    useful = {(reads, writes, workspace) for reads, writes, workspace in waiting if writes}
+    seen = {0: 0}  # held buffers → their bytes
+    stack = [0]
+    while stack:
+        held = stack.pop()
+        weight = seen[held]
+        ran = [m for m in waiting if not m[0] & ~held and weight + _weight(m[1] & ~held, size) + m[2] <= room]
+        waiting.difference_update(ran)
+        if not waiting:
+            return True
+        after = [
+            (held | writes, weight + more)
+            for reads, writes, workspace in useful
+            if not reads & ~held
+            and writes & ~held
+            and weight + (more := _weight(writes & ~held, size)) + workspace <= room
+        ]
+        rest = held
+        while rest:  # let one buffer go
+            one = rest & -rest
+            rest ^= one
+            after.append((held ^ one, weight - size[one]))
+        for state, bytes_held in after:
+            if state not in seen:
+                seen[state] = bytes_held
+                stack.append(state)
+        if len(seen) > STATES:
+            return None
+    return False
+
+
+def _weight(buffers: int, size: dict[int, int]) -> int:
+    total = 0
+    while buffers:
+        one = buffers & -buffers
+        total += size[one]
+        buffers ^= one
+    return total
