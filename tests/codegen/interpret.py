@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import triton.language as tl
 from random_regions import random_case
+from reference import error, in_float64, same_kinds
+from regions import ZOO, build
 from triton.language.extra import libdevice
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from zoo import ZOO, build
 
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region
@@ -66,32 +67,6 @@ def run(region: Region, inputs: Sequence[torch.Tensor], folder: Path) -> tuple[t
     return launch(region, plan, module, inputs)
 
 
-def reference(region: Region, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The region's graph over float64 in place of every floating type."""
-    wide = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
-    copied = torch.fx.Graph()
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in region.graph_module.graph.nodes:
-        values[node] = copied.node_copy(node, lambda n: values[n])
-        values[node].args = torch.fx.node.map_aggregate(values[node].args, lambda v: wide.get(v, v))
-        values[node].kwargs = torch.fx.node.map_aggregate(values[node].kwargs, lambda v: wide.get(v, v))
-    module = torch.fx.GraphModule(torch.nn.Module(), copied)
-    return list(module(*(t.double() if t.is_floating_point() else t for t in inputs)))
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest error relative to the output's scale, finite elements only."""
-    finite = torch.isfinite(exact) & torch.isfinite(found)
-    if not finite.any():
-        return 0.0
-    scale = exact[finite].double().abs().max().clamp_min(1e-30)
-    return float((found[finite].double() - exact[finite].double()).abs().max() / scale)
-
-
-def same_kinds(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.equal(found.isfinite(), expected.isfinite())
-
-
 def main(folder: Path, names: Sequence[str]) -> None:
     np.seterr(all="ignore")
     for name in names:
@@ -108,7 +83,7 @@ def main(folder: Path, names: Sequence[str]) -> None:
             print(json.dumps({"name": name, "unsupported": str(unsupported)}), flush=True)
             continue
         eager = compile_eager(region).run(inputs)
-        exact = reference(region, inputs)
+        exact = in_float64(region, inputs)
         row = {
             "name": name,
             "error": max(error(f, e) for f, e in zip(found, exact)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import torch
+from regions import Arg, Case
 from torch.nn import functional as F
-from zoo import Arg, Case
 
 UNARY = [torch.tanh, torch.sigmoid, torch.relu, torch.abs, torch.neg, F.silu, torch.sin, lambda v: v * 0.5 + 1]
 BINARY = [torch.add, torch.mul, torch.sub, torch.maximum, lambda a, b: torch.where(a > b, a, b * 0.5)]

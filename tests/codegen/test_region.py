@@ -16,7 +16,7 @@ from memplan.codegen.region import Region
 from memplan.errors import OptionError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from zoo import ZOO, Arg, build, region_of
+from regions import ZOO, Arg, build, region_of
 
 aten = torch.ops.aten
 

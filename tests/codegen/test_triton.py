@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from memplan.codegen.region import Region
 from memplan.codegen.triton_check import SHARED_LIMIT, compile_for, moved_bytes
@@ -21,7 +20,7 @@ from memplan.codegen.triton_model import H100, choose, occupancy, plans, registe
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from zoo import ZOO, Arg, region_of
+from regions import LARGE, ZOO, region_of
 
 GOLDENS = HERE / "goldens"
 NAMES = list(ZOO)
@@ -61,26 +60,9 @@ def test_compiles_within_the_limits(name: str, request: pytest.FixtureRequest, t
     assert 0 < occupancy(plan, H100) <= 1
 
 
-LARGE = {
-    "bias_gelu": (Arg((4096, 4096)), Arg((4096,))),
-    "layer_norm": (Arg((8192, 1024)), Arg((1024,)), Arg((1024,))),
-    "layer_norm_bf16": (Arg((8192, 4096), torch.bfloat16), Arg((4096,), torch.bfloat16), Arg((4096,), torch.bfloat16)),
-    "softmax": (Arg((8192, 2048)),),
-    "rotary": None,
-    "rms_norm_backward": (Arg((8192, 2048)), Arg((8192, 2048)), Arg((2048,))),
-    "layer_norm_backward": (
-        Arg((8192, 1024)), Arg((8192, 1024)), Arg((8192, 1)), Arg((8192, 1)), Arg((1024,)), Arg((1024,))),
-    "gelu_backward_bias": (Arg((8192, 4096)), Arg((8192, 4096))),
-    "bias_gradient": (Arg((16384, 1024)),),
-    "cross_entropy": (Arg((4096, 8192)), Arg((4096,), torch.int64, high=8192)),
-    "batch_norm_relu": None,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", LARGE)
 def test_moves_what_it_must(name: str) -> None:
-    function, small = ZOO[name]
-    region = region_of(function, LARGE[name] or small)
+    region = region_of(ZOO[name][0], LARGE[name])
     assert moved_bytes(region, choose(region)) <= 1.05 * region.compulsory_bytes
 
 

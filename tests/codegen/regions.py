@@ -25,10 +25,10 @@ class Arg:
     high: int = 0
     positive: bool = False
 
-    def empty(self) -> torch.Tensor:
+    def empty(self, device: str = "cpu") -> torch.Tensor:
         if self.stride is None:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         if self.high:
@@ -44,17 +44,17 @@ class Arg:
 Case = tuple[Callable[..., object], tuple[Arg, ...]]
 
 
-def build(case: Case) -> tuple[Region, list[torch.Tensor]]:
-    """The region and inputs for it."""
+def build(case: Case, device: str = "cpu") -> tuple[Region, list[torch.Tensor]]:
+    """The region and inputs for it; the values are the same on every device."""
     function, arguments = case
     generator = torch.Generator().manual_seed(0)
-    inputs = [a.draw(generator) for a in arguments]
-    return region_of(function, arguments), inputs
+    inputs = [a.empty(device).copy_(a.draw(generator)) for a in arguments]
+    return region_of(function, arguments, device), inputs
 
 
-def region_of(function: Callable[..., object], arguments: tuple[Arg, ...]) -> Region:
+def region_of(function: Callable[..., object], arguments: tuple[Arg, ...], device: str = "cpu") -> Region:
     with torch_compat.FakeTensorMode():
-        fake = [a.empty() for a in arguments]
+        fake = [a.empty(device) for a in arguments]
 
     def flat(*values: torch.Tensor) -> tuple[object, ...]:
         result = function(*values)
@@ -141,7 +141,8 @@ def _masked_softmax(x, mask):
 
 def _causal_softmax(x):
     n = x.shape[-1]
-    keep = torch.arange(n)[:, None] >= torch.arange(n)[None, :]
+    at = torch.arange(n, device=x.device)
+    keep = at.unsqueeze(1) >= at.unsqueeze(0)
     return torch.softmax(torch.where(keep, x * 0.125, float("-inf")), -1)
 
 
@@ -270,4 +271,18 @@ ZOO: dict[str, Case] = {
     "mse": (lambda x, y: aten.mse_loss(x, y), (_a(90, 101), _a(90, 101))),
     "global_pool": (lambda x: x.mean((2, 3)), (_a(4, 8, 9, 9),)),
     "column_max": (lambda x: x.amax(0), (_a(90, 101),)),
+}  # fmt: skip
+
+# The same at sizes well beyond a GPU's L2, where bytes moved are what counts.
+LARGE: dict[str, tuple[Arg, ...]] = {
+    "bias_gelu": (Arg((4096, 4096)), Arg((4096,))),
+    "layer_norm": (Arg((8192, 1024)), Arg((1024,)), Arg((1024,))),
+    "layer_norm_bf16": (Arg((8192, 4096), bf16), Arg((4096,), bf16), Arg((4096,), bf16)),
+    "softmax": (Arg((8192, 2048)),),
+    "rms_norm_backward": (Arg((8192, 2048)), Arg((8192, 2048)), Arg((2048,))),
+    "layer_norm_backward": (
+        Arg((8192, 1024)), Arg((8192, 1024)), Arg((8192, 1)), Arg((8192, 1)), Arg((1024,)), Arg((1024,))),
+    "gelu_backward_bias": (Arg((8192, 4096)), Arg((8192, 4096))),
+    "bias_gradient": (Arg((16384, 1024)),),
+    "cross_entropy": (Arg((4096, 8192)), Arg((4096,), i64, high=8192)),
 }  # fmt: skip
