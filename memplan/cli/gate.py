@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,23 +12,30 @@ import typer
 from memplan.cli.common import Force, Format, check_output, emit, show, tell
 
 if TYPE_CHECKING:
-    from memplan.gate import ModelConfig, Verdict
+    from memplan.analysis import Analysis
+    from memplan.gate import ModelConfig, Rule, Verdict
 
 GateFormat = Annotated[
     Format | None,
     typer.Option("--format", help="How to print the verdict; github inside GitHub Actions, else table."),
 ]
 Comment = Annotated[Path | None, typer.Option(help="Also write the verdict as Markdown (at most 64 KB) here.")]
+Sarif = Annotated[Path | None, typer.Option(help="Also write the verdict as SARIF here.")]
+FailOn = Annotated[
+    list[str] | None,
+    typer.Option(help="Allowed growth against the base, e.g. 'peak:2%' or 'activation:64MiB'; may repeat."),
+]
+Base = Annotated[Path | None, typer.Option(help="What check -o wrote on the base; judges max_regression too.")]
 
 
 def check(
     config: Annotated[Path, typer.Option(help="pyproject.toml, or a folder in or below its own.")] = Path("."),
     only: Annotated[list[str] | None, typer.Option("--model", help="Check only this model; may repeat.")] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="What check -o wrote on the base; judges max_regression too.")
-    ] = None,
+    base: Base = None,
+    fail_on: FailOn = None,
     fmt: GateFormat = None,
     comment: Comment = None,
+    sarif: Sarif = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the analyses, for compare.")] = None,
     force: Force = False,
 ) -> int:
@@ -37,7 +44,7 @@ def check(
     Holds every [[tool.memplan.model]] against its limit. The entries' code is executed.
     """
     from memplan.errors import OptionError
-    from memplan.gate import analyses_to_json, exit_code, read_analyses, read_config
+    from memplan.gate import Rule, analyses_to_json, exit_code, read_analyses, read_config
 
     check_output(output, force)
     models = read_config(config)
@@ -45,14 +52,15 @@ def check(
     if unknown:
         raise OptionError(f"no model {min(unknown)!r}; models are {', '.join(m.label for m in models)}")
     before = read_analyses(base) if base else {}
-    verdicts = [_check(m, before) for m in models if not only or m.label in only]
+    rules = [Rule.parse(text) for text in fail_on or ()]
+    verdicts = [_check(m, before, rules) for m in models if not only or m.label in only]
     if output:
         output.write_text(analyses_to_json({v.name: v.head for v in verdicts if v.head}), encoding="utf-8")
-    deliver(verdicts, fmt, comment)
+    deliver(verdicts, fmt, comment, sarif)
     return exit_code(verdicts)
 
 
-def _check(model: ModelConfig, before: dict) -> Verdict:  # type: ignore[type-arg]
+def _check(model: ModelConfig, before: Mapping[str, Analysis], rules: Sequence[Rule]) -> Verdict:
     from memplan.cli.inspection import analyse
     from memplan.errors import MemplanError
     from memplan.gate import Rule, Verdict, judge
@@ -68,23 +76,22 @@ def _check(model: ModelConfig, before: dict) -> Verdict:  # type: ignore[type-ar
         )
     except MemplanError as error:
         return Verdict(model.label, error=str(error))
-    rules = [] if model.max_regression is None else [Rule.parse(f"peak:{model.max_regression}")]
-    return judge(model.label, head, before.get(model.label), model.limit, rules)
+    own = [] if model.max_regression is None else [Rule.parse(f"peak:{model.max_regression}")]
+    return judge(model.label, head, before.get(model.label), model.limit, list(dict.fromkeys([*own, *rules])))
 
 
 def compare(
     base: Annotated[Path, typer.Argument(help="Analyses of the base: a file that check -o or analyze -o wrote.")],
     head: Annotated[Path, typer.Argument(help="Analyses of the head.")],
-    fail_on: Annotated[
-        list[str] | None,
-        typer.Option(help="Allowed growth, e.g. 'peak:2%' or 'activation:64MiB'; may repeat. Default 'peak:0%'."),
-    ] = None,
+    fail_on: FailOn = None,
     fmt: GateFormat = None,
     comment: Comment = None,
+    sarif: Sarif = None,
 ) -> int:
     """Compare two saved analyses.
 
-    Peaks, the buffers that changed at them with their source lines, and whether that is allowed.
+    Peaks, the buffers that changed at them with their source lines, and whether that is allowed; without --fail-on no
+    peak may grow.
     """
     from memplan.gate import Rule, exit_code, judge, read_analyses
 
@@ -95,12 +102,12 @@ def compare(
     verdicts = [judge(name, analysis, before.get(name), rules=rules) for name, analysis in now.items()]
     for name in before.keys() - now.keys():
         tell(f"warning: {name} is in {base} and not in {head}")
-    deliver(verdicts, fmt, comment)
+    deliver(verdicts, fmt, comment, sarif)
     return exit_code(verdicts)
 
 
-def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | None) -> None:
-    """Print the verdicts; inside GitHub Actions write the step summary too; write the comment file when asked to."""
+def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | None, sarif: Path | None) -> None:
+    """Print the verdicts; inside GitHub Actions write the step summary too; write the files that were asked for."""
     from memplan.report import ci
 
     in_actions = os.environ.get("GITHUB_ACTIONS") == "true"
@@ -126,6 +133,8 @@ def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | Non
             file.write(markdown + "\n")
     if comment:
         comment.write_text(markdown, encoding="utf-8")
+    if sarif:
+        sarif.write_text(ci.sarif(verdicts), encoding="utf-8")
 
 
 def register(app: typer.Typer) -> None:
