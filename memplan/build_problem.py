@@ -132,12 +132,12 @@ class _Builder:
         if is_getitem(node):
             self._getitem(node)
             return
+        source = view_source(node)
+        if source is not None:  # its fake tensor may have forgotten whose storage it looks at
+            for tensor in tensors(node.meta.get("val")):
+                self.buffer_at.setdefault(torch_compat.storage_key(tensor), self.buffer_of[source][0])
         before = len(self.buffers)
         self.buffer_of[node] = self._storages(node, self._category(node), node.name)
-        aliased = view_source(node)
-        if aliased is not None and len(self.buffers) > before:  # a view whose fake tensor forgot its storage
-            del self.buffers[before:]
-            self.buffer_of[node] = self.buffer_of[aliased]
         made = tuple(range(before, len(self.buffers)))
         mutated = tuple(b for a in _mutated_args(node) for b in self.buffer_of[a])
         if not made and not mutated and not _has_effect(node):
@@ -306,6 +306,8 @@ def _mutated_args(node: fx.Node) -> list[fx.Node]:
 
 def view_source(node: fx.Node) -> fx.Node | None:
     """The operand a view op looks at, by its schema; None for ops that make their result."""
+    if node.target is torch.ops.aten._unsafe_view.default:  # aliases, though its schema does not say so
+        return input_nodes(node)[0]
     schema = _schema(node)
     if schema is None or schema.is_mutable or not any(r.alias_info for r in schema.returns):
         return None

@@ -24,6 +24,7 @@ class Normalise:
     * CPU dropout becomes its mask (random, a byte an element) and the masking (recomputable from the mask), with the
       arithmetic of aten's own CPU kernel.
     * A random op gets its generator's state as an operand, so that it may run again from that state.
+    * A copy that changes nothing (dropout of probability 0 leaves one) disappears, as it does in eager.
     * A batch norm's backward in training ignores the running statistics; they are no longer held for it.
     """
 
@@ -72,7 +73,31 @@ def _drop_running_statistics(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
+def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
+    """Only inside the graph: arguments and results keep a storage of their own."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["val"], node.meta["val"]
+    if node.kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
+        return False
+    if before.stride() != after.stride() or before.untyped_storage().nbytes() != after.untyped_storage().nbytes():
+        return False
+    outside = {torch_compat.storage_key(t) for n in _border(graph) for t in _values(n)}
+    if {torch_compat.storage_key(before), torch_compat.storage_key(after)} & outside:
+        return False
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+    return True
+
+
+def _border(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes whose values the caller sees: placeholders, constants and results."""
+    output = next(reversed(graph.nodes))
+    return [*(n for n in graph.nodes if n.op in ("placeholder", "get_attr")), *output.all_input_nodes]
+
+
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], bool]] = {
+    aten.clone.default: _drop_copy,
     aten.native_dropout.default: _split_dropout,
     aten.native_batch_norm_backward.default: _drop_running_statistics,
 }
