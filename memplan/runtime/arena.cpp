@@ -7,6 +7,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -73,6 +74,15 @@ c10::Allocator* fallback() {
   return before;
 }
 
+// All arenas lie in [lowest, highest): most frees in a process lie outside and need no lock.
+std::atomic<uintptr_t> lowest = UINTPTR_MAX, highest = 0;
+
+void widen(const char* base, size_t bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(base);
+  lowest = std::min(lowest.load(), from);
+  highest = std::max(highest.load(), from + bytes);
+}
+
 Arena* holding(const void* pointer) {
   auto after = arenas.upper_bound(static_cast<const char*>(pointer));
   if (after == arenas.begin()) return nullptr;
@@ -127,7 +137,8 @@ void record_death(const void* pointer) {
 
 void give_back(void* pointer) {
   if (!runs.empty() && runs.back().arena == nullptr) record_death(pointer);
-  {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (address >= lowest.load(std::memory_order_relaxed) && address < highest.load(std::memory_order_relaxed)) {
     std::lock_guard<std::mutex> lock(guard);
     if (Arena* arena = holding(pointer)) {
       auto block = arena->live.find(static_cast<char*>(pointer) - arena->base);
@@ -188,6 +199,7 @@ extern "C" {
 void memplan_install() {
   static PlannedAllocator allocator;
   fallback();
+  pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, [] { guard.unlock(); });
   c10::SetCPUAllocator(&allocator);
 }
 
@@ -202,6 +214,7 @@ void* memplan_arena_new(int64_t bytes) {
   auto* arena = new Arena{base, static_cast<size_t>(bytes)};
   std::lock_guard<std::mutex> lock(guard);
   arenas[base] = arena;
+  widen(base, bytes);
   return arena;
 }
 

@@ -77,18 +77,24 @@ class Pool:
         """``program``: the joint one that ``layout`` belongs to. ``parts``: how many Executables run it."""
         self.layout = layout
         self._budget = budget
-        self._program = program
+        self.program = program
         self._resident = sum(program.storages[s].size for s in program.resident)
         self._beyond = layout.height + layout.outside
         self._planned = {step.name: at for at, step in enumerate(program.steps) if step.kind == StepKind.RUN}
         self._parts = self._waiting = parts  # scripts, and those still to be recorded
         self._scripts: list[Script] = []  # recorded ones, until all are
         self._pending = False  # while recording: a forward has run, its backward has not
-        self._off = False
-        self._arenas: list[int] = []
+        self.off = False
+        self._arenas: list[int] = []  # never bound anew: the finalizer holds it
+        weakref.finalize(self, _close, self._arenas).atexit = False
         self.results = self.unplaced = 0  # storages with a place in the arena, and without
         with Pool._lock:
             Pool._all.add(self)
+
+    @classmethod
+    def all(cls) -> tuple[Pool, ...]:
+        """The pools of every compiled function that lives."""
+        return tuple(cls._all)
 
     def statistics(self) -> ArenaStatistics:
         library = native.library()
@@ -105,10 +111,10 @@ class Pool:
     def made_by(self, step: Step) -> tuple[int, tuple[int, ...]] | None:
         """(the joint Program's step, the storages it makes) for a step of the forward's or the backward's Program."""
         at = self._planned.get(step.name)
-        return None if at is None else (at, self._program.steps[at].makes)
+        return None if at is None else (at, self.program.steps[at].makes)
 
     def storage(self, index: int) -> Place:
-        stored = self._program.storages[index]
+        stored = self.program.storages[index]
         return Place(stored.size, self.layout.offsets.get(index, -1), stored.category == Category.GRADIENT)
 
     def recorded(self, script: Script) -> None:
@@ -126,11 +132,11 @@ class Pool:
         given = self.layout.workspaces
         if all(need <= given[at][1] if at in given else need == 0 for at, need in needs.items()):
             return
-        self.layout = place(self._program, needs, self.layout.unseen)
+        self.layout = place(self.program, needs, self.layout.unseen)
         self._beyond = self.layout.height + self.layout.outside
         if self._budget is not None and self._resident + self._beyond > self._budget:
             log.info("no arena: with what kernels were seen to take it would not fit the budget")
-            self._off = True
+            self.off = True
 
     def enter(self, script: int, args: Sequence[Any], begins: bool) -> bool:
         """Let this thread run a script in an arena until ``library.end()``; False: run without one."""
@@ -141,7 +147,7 @@ class Pool:
             if begins:
                 self._share()
             self._pending = begins and self._waiting > 0 and self._parts > 1
-            if self._off or self._waiting:
+            if self.off or self._waiting:
                 return False
             arena = self._fresh() if begins else self._of(args)
             if arena is None:
@@ -184,19 +190,19 @@ class Pool:
 
     def _share(self) -> None:
         """Do without arenas where those of the functions under way together are more than the budget."""
-        together = [self, *(other for other in Pool._all if other is not self and other._under_way())]
+        together = [self, *(other for other in Pool.all() if other is not self and other._under_way())]
         budgets = [pool._budget for pool in together if pool._budget is not None]
         held = max(pool._resident for pool in together) + sum(pool._beyond for pool in together)
         if len(together) > 1 and budgets and held > min(budgets):
             log.info("no arena: the steps of %d functions are under way at once, within one budget", len(together))
             for pool in together:
-                pool._off = True
+                pool.off = True
                 pool.close()
 
     def _under_way(self) -> bool:
         library = native.library()
         assert library is not None
-        return not self._off and (self._pending or any(library.arena_state(a) >= _PENDING for a in self._arenas))
+        return not self.off and (self._pending or any(library.arena_state(a) >= _PENDING for a in self._arenas))
 
     def release_idle(self) -> None:
         library = native.library()
@@ -206,14 +212,15 @@ class Pool:
             self._arenas.remove(arena)
 
     def close(self) -> None:
-        library = native.library()
-        for arena in self._arenas:
-            if library is not None:
-                library.arena_close(arena)
-        self._arenas = []
+        _close(self._arenas)
 
-    def __del__(self) -> None:
-        self.close()
+
+def _close(arenas: list[int]) -> None:
+    """Give arenas up; a block that lives on keeps its own."""
+    library = native.library()
+    assert library is not None or not arenas
+    while arenas and library is not None:
+        library.arena_close(arenas.pop())
 
 
 def release_idle() -> None:
@@ -222,7 +229,7 @@ def release_idle() -> None:
     if library is None:
         return
     with Pool._lock:
-        for pool in tuple(Pool._all):
+        for pool in Pool.all():
             pool.release_idle()
 
 
@@ -241,9 +248,7 @@ class Script:
         self._known = False
         self._kernels_seen: dict[int, _Kernel] = {}
         self.handle = library.script_new(len(program.steps))
-
-    def __del__(self) -> None:
-        self._library.script_free(self.handle)
+        weakref.finalize(self, library.script_free, self.handle).atexit = False
 
     def run(self, calls: Sequence[Call], slots: list[Any]) -> None:
         """Run the calls of the Program's steps over ``slots``, which hold the arguments."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
+import os
 import threading
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from memplan.backend import recent_plans
+from memplan.place import Region, place_temporaries
 from memplan.runtime import arena, native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler builds arena.cpp here")
@@ -46,7 +49,7 @@ def pool() -> arena.Pool:
     """The arenas of the function compiled last."""
     gc.collect()
     program = recent_plans()[-1].lowered.program
-    return next(p for p in arena.Pool._all if p._program is program)
+    return next(p for p in arena.Pool.all() if p.program is program)
 
 
 @pytest.fixture
@@ -220,7 +223,7 @@ def test_threads_have_their_own(net: Net) -> None:
 
 
 def test_off_and_released(net: Net) -> None:
-    before = len(arena.Pool._all)
+    before = len(arena.Pool.all())
     step(compiled(net, **{"placement.enabled": False}), net)
     assert recent_plans()[-1].layout is None
     run = compiled(net)
@@ -230,4 +233,23 @@ def test_off_and_released(net: Net) -> None:
     arena.release_idle()
     assert pool().statistics().arenas == 0
     assert_same(step(run, net)[:1], [run(images()).detach()])
-    assert len(arena.Pool._all) <= before + 1
+    assert len(arena.Pool.all()) <= before + 1
+
+
+def test_a_forked_process_uses_its_copy(net: Net) -> None:
+    run = compiled(net)
+    wanted = step(run, net)
+    step(run, net)
+    child = os.fork()
+    if child == 0:
+        same = all(torch.equal(a, b) for a, b in zip(step(run, net)[:1], wanted[:1], strict=True))
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_same(step(run, net)[:1], wanted[:1])
+
+
+def test_temporaries_use_a_results_place_until_it_exists() -> None:
+    before, across, after = (100, 0, 2), (64, 1, 4), (128, 5, 6)
+    result, rest = Region(0, 128, until=3), Region(1024, 192, until=math.inf)
+    assert place_temporaries([before, across, after], [result, rest]) == [0, 1024, 1024]
+    assert place_temporaries([(256, 0, 9)], [result, rest]) == [-1]
