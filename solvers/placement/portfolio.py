@@ -8,7 +8,9 @@ from sweep to sweep, until every height below the best is refuted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 
@@ -51,41 +53,47 @@ def solve_placement(
 
 
 def _minimise_all(reduced: Reduced, tasks: list[Task], effort: Effort) -> None:
-    """Lower the tasks' heights, the highest first; what stands below another's bound is low enough."""
+    """Lower the tasks' heights, always that of the highest, until one of them stands at a bound."""
     goal = -(-reduced.bound // reduced.unit)
     for task in tasks:
         task.fit(goal, effort)
-    for task in sorted(tasks, key=lambda task: -task.height):
-        minimise(task, goal, effort)
-        goal = max(goal, task.bound)
+    attempts = {task: minimise(task, goal, effort) for task in tasks}
+    while tasks and not effort.spent:
+        highest = max(tasks, key=lambda task: task.height)
+        if highest.height <= max(goal, highest.bound):
+            return
+        next(attempts[highest])
 
 
 def _all_within(reduced: Reduced, tasks: list[Task], capacity: int, effort: Effort) -> bool:
-    """Bring every task within the capacity in bytes; False only if it is proven that one cannot be."""
+    """Bring every task within the capacity in bytes, in turns; False only if it is proven that one cannot be."""
     for task in tasks:
         task.fit(capacity // reduced.unit, effort)
     if reduced.bound > capacity:
         return False
-    for task in tasks:
-        if task.bytes > capacity and decide(task, capacity, effort) == Outcome.REFUTED:
+    attempts = [decide(task, capacity, effort) for task in tasks if task.bytes > capacity]
+    while attempts and not effort.spent:
+        outcomes = [next(attempt, Outcome.PAUSED) for attempt in attempts]
+        if Outcome.REFUTED in outcomes:
             return False
+        attempts = [a for a, outcome in zip(attempts, outcomes, strict=True) if outcome == Outcome.PAUSED]
     return True
 
 
-def minimise(task: Task, goal: int, effort: Effort) -> None:
-    """Lower the height of a component to ``goal`` (at least its bound) or to its optimum, as far as effort lasts."""
-    for k in range(0, len(FIRST), PARALLEL):
-        if task.height > goal and not effort.spent:
-            task.attempt(task.height - 1, FAILS, k, effort)
+def minimise(task: Task, goal: int, effort: Effort) -> Iterator[Outcome]:
+    """Lower the height of a component to ``goal`` (at least its bound) or to its optimum, an attempt at a time."""
+    for turn in range(0, len(FIRST), PARALLEL):
+        if task.height > max(goal, task.bound):
+            yield task.attempt(task.height - 1, FAILS, turn, effort)
     fails, turn = FAILS, 0
-    while task.height > max(goal, task.bound) and not effort.spent:
+    while task.height > max(goal, task.bound):
         wanted = max(goal, task.bound)
-        while task.height > wanted and not effort.spent:
-            outcome = Outcome.PAUSED
+        while task.height > wanted:
             for _ in range(0, len(FIRST), PARALLEL):
                 outcome = task.attempt(wanted, fails if turn >= len(FIRST) else FIRST_FAILS, turn, effort)
+                yield outcome
                 turn += PARALLEL
-                if outcome != Outcome.PAUSED or effort.spent:
+                if outcome != Outcome.PAUSED:
                     break
             low = max(goal, task.bound) - 1 if outcome == Outcome.SOLVED else max(wanted, task.bound - 1)
             if task.height - low <= 1 + task.height // RESOLUTION:
@@ -94,23 +102,16 @@ def minimise(task: Task, goal: int, effort: Effort) -> None:
         fails *= 2
 
 
-def decide(task: Task, capacity: int, effort: Effort) -> Outcome:
-    """Is there a placement of the component within so many bytes? PAUSED when the effort is spent."""
+def decide(task: Task, capacity: int, effort: Effort) -> Iterator[Outcome]:
+    """Is there a placement of the component within so many bytes? An attempt at a time, until one is not PAUSED."""
     c = task.component
     # The topmost buffer needs no padding: latest offsets follow from true sizes, and the arena is rounded up.
     late = (capacity + c.padding) // c.unit - c.size
     wanted = -(-capacity // c.unit)
-    if task.bound > wanted:
-        return Outcome.REFUTED
-    round_ = 0
-    while not effort.spent:
+    for round_ in count():
         turn = round_ * PARALLEL
         fails = FIRST_FAILS if turn < len(FIRST) else FAILS * luby(round_)
-        outcome = task.attempt(wanted, fails, turn, effort, late)
-        if outcome != Outcome.PAUSED:
-            return outcome
-        round_ += 1
-    return Outcome.PAUSED
+        yield Outcome.REFUTED if task.bound > wanted else task.attempt(wanted, fails, turn, effort, late)
 
 
 def luby(k: int) -> int:
