@@ -22,9 +22,10 @@ from memplan.validate import check_sequence
 SOLVER = "recompute: sequence annealing"
 DEFAULT = Limits()
 CHUNK = 5_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
-# The two rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
+# The rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
 # one forgets most of its start; the cold one keeps the order of its start and removes what is not needed.
 HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
+LONG = (1.0, 0.5, 0.005)
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
@@ -182,9 +183,9 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int]) -> fl
     search.say(f"presence programs: no plan in stored order is faster than {bound:.6g}")
     if relaxed.sequence is not None:
         search.round(relaxed.sequence, room, *(COLD if small else BRIEF))
-    for kind in (COLD,) if small else (HOT, COLD):
-        if search.best.time[0] > bound * (1 + CLOSE):
-            search.round(search.fastest() or start, room, *kind)
+    if search.best.time[0] > bound * (1 + CLOSE):
+        search.round(start, room, *(LONG if small else HOT))
+        search.round(search.fastest() or start, room, *COLD)
     if search.fastest() is None:
         search.say("nothing fits yet: lowering the peak")
         _lower(search, max(room, floor - problem.resident_bytes), search.lowest(), search.moves // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
 import subprocess
@@ -228,7 +229,7 @@ def test_frontiers_are_monotone(seed: int) -> None:
     assert len(found) >= len(budgets) - 1
     for plan in found:
         validate(problem, plan)
-    for small, large in zip(found, found[1:], strict=False):
+    for small, large in itertools.pairwise(found):
         assert small.peak <= large.peak and small.time >= large.time
 
 
