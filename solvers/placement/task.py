@@ -21,7 +21,7 @@ SLICE = 4_000_000  # elementary steps between two looks at the clock: 15 to 50 m
 MOST_FITTED = (
     5000  # buffers up to which all fits in order are tried; beyond, each takes longer than a tenth of a second
 )
-MOST_SCANNED = 1_000_000_000  # steps up to which the fit in time runs: about a second
+MOST_SCANNED = 300_000_000  # steps up to which the fit in time runs: about a second
 
 
 class Outcome(IntEnum):
