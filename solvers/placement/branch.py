@@ -10,8 +10,8 @@ into groups with no lifetime in common, each group is searched on its own, and a
 the node that split it off, whatever the other groups hold.
 
 Canonical solutions, section inference and decomposition follow M. Moffitt, "MiniMalloc: A Lightweight Memory Allocator
-for Hardware-Accelerated Machine Learning" (ASPLOS 2023). The second branch's lift stands in place of his dominance and order
-rules, and the section bound also sees the gaps that limits leave; both make the tree smaller.
+for Hardware-Accelerated Machine Learning" (ASPLOS 2023). The second branch's lift stands in place of his dominance and
+order rules, and the section bound also sees the gaps that limits leave; both make the tree smaller.
 """
 
 from __future__ import annotations
