@@ -164,7 +164,7 @@
     Plotly.react("modules", [{ type: "icicle", ids: m.path, labels: m.name, parents: m.parent, values: m.total, branchvalues: "total", customdata: m.total.map(bytes), tiling: { orientation: narrow.matches ? "v" : "h" },
       texttemplate: "%{label} %{customdata}", hovertemplate: "<b>%{id}</b><br>%{customdata}, %{percentRoot} of the peak<extra></extra>", sort: false, maxdepth: narrow.matches ? 3 : 5,
       marker: { colorscale: dark.matches ? [[0, "#23405f"], [1, "#5b9bd5"]] : [[0, "#dbe9f7"], [1, "#6ba3d6"]], colors: m.total, line: { color: ink("--ground"), width: 1 } } }],
-      layout({ margin: { l: 4, r: 4, t: 4, b: 4 }, uniformtext: { minsize: 9, mode: "hide" } }), withButtons("toImage"));
+      layout({ margin: { l: 4, r: 4, t: 4, b: 4 }, uniformtext: { minsize: 11, mode: "hide" } }), withButtons("toImage"));
   }
 
   // Peak against time, and the slider over its budgets
