@@ -242,10 +242,13 @@ def _infeasible(planned: Planned, budget: int, elsewhere: int) -> BudgetInfeasib
         LiveBuffer(s.name, s.size, s.category, s.module, s.source)
         for s in (program.storages[i] for i in timeline.alive(at))
     )
+    resident = planned.problem.resident_bytes
+    # Regions never make their inner buffers: what bounds the unfused plan does not bound the fused one.
+    bound = resident if planned.fused is not None else max(planned.plan.peak_bound, resident)
     return BudgetInfeasibleError(
         budget + elsewhere,
-        planned.plan.peak + elsewhere,
-        elsewhere + min(planned.plan.peak, max(planned.plan.peak_bound, planned.problem.resident_bytes)),
+        timeline.peak + elsewhere,
+        elsewhere + min(timeline.peak, bound),
         program.steps[at].name if program.steps else "",
         alive,
     )
