@@ -69,7 +69,7 @@ class Meter:
         return self._live()
 
     def tensors(self) -> int:
-        """Bytes held now in aligned blocks, garbage collected first: tensors and arenas, no Python objects."""
+        """Bytes held now in aligned blocks of at least 1 MiB, garbage collected first: tensors and arenas alone."""
         gc.collect()
         return self._aligned()
 

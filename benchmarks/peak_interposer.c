@@ -1,9 +1,9 @@
 /* Counts the bytes a process holds from malloc: LD_PRELOAD this library, then read and reset the count through ctypes.
  *
  * Every block of at least COUNTED_FROM usable bytes counts with its malloc_usable_size; smaller ones (Python objects,
- * bookkeeping) are left out, tensors are not. Blocks that were asked for with an alignment count a second time on their
- * own: PyTorch takes every tensor so and an interpreter nothing, so they tell what a compiled step keeps between its
- * runs (an arena, a cache) apart from what Python imported meanwhile.
+ * bookkeeping) are left out, tensors are not. Blocks of at least KEPT_FROM that were asked for with an alignment count a
+ * second time on their own: PyTorch takes every tensor so and an interpreter nothing, and a kernel that oneDNN has
+ * compiled is smaller. They tell what a step keeps between its runs (an arena, a tensor) from what libraries load.
  * mmap is not counted: no CPU kernel of PyTorch maps its tensors.
  * The next definition of each function is looked up with dlsym; what dlsym itself allocates meanwhile comes from a
  * small static area. Any thread may allocate and any thread may read.
@@ -18,6 +18,7 @@
 #include <string.h>
 
 #define COUNTED_FROM 4096
+#define KEPT_FROM (1 << 20)
 
 static _Atomic long long live_bytes, peak_bytes, aligned_bytes;
 
@@ -69,23 +70,23 @@ static void add(size_t size) {
     }
 }
 
-/* The aligned blocks that live, in a hash table with linear probing: free() is not told how a block was asked for. */
-#define SLOTS ((size_t)1 << 17)
+/* The large aligned blocks that live, in a hash table with linear probing: free() is not told how a block was asked for. */
+#define SLOTS ((size_t)1 << 14)
 
 static void *slots[SLOTS];
 static size_t taken;
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
 
-static size_t home(const void *block) { return ((uintptr_t)block >> 6) * 0x9E3779B97F4A7C15u >> 47; }
+static size_t home(const void *block) { return ((uintptr_t)block >> 6) * 0x9E3779B97F4A7C15u >> 50; }
 
 static size_t after(size_t slot) { return (slot + 1) & (SLOTS - 1); }
 
 static void *add_aligned(void *block) {
     size_t size = counted(block);
-    if (!size) return block;
     add(size);
+    if (size < KEPT_FROM) return block;
     pthread_mutex_lock(&guard);
-    if (taken < SLOTS / 2) { /* a fuller table would be slow; more blocks than that are not tensors of a benchmark */
+    if (taken < SLOTS / 2) { /* 8192 tensors of that size at once are more than any benchmark holds */
         size_t slot = home(block);
         while (slots[slot]) slot = after(slot);
         slots[slot] = block;
@@ -117,6 +118,7 @@ static void subtract(void *block) {
     size_t size = counted(block);
     if (!size) return;
     atomic_fetch_sub_explicit(&live_bytes, (long long)size, memory_order_relaxed);
+    if (size < KEPT_FROM) return;
     pthread_mutex_lock(&guard);
     if (forget(block)) atomic_fetch_sub_explicit(&aligned_bytes, (long long)size, memory_order_relaxed);
     pthread_mutex_unlock(&guard);
