@@ -1,6 +1,22 @@
-"""Recomputation: which ops run again and when, so that a step stays within a budget at the least time."""
+"""Recomputation: which ops run again and when, so that a step stays within a budget at the least time.
+
+``state`` holds a sequence of runs and weighs edits of it, ``moves`` makes the edits, ``anneal`` accepts them; all three
+are compiled, and run as plain Python to the same sequence. ``presence`` bounds the time for the stored order by small
+integer programs, whose solutions start the search; ``bound`` and ``reach`` bound the peak. ``search`` puts them
+together; ``exact`` is the reference that tests and benchmarks compare with.
+"""
 
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
+from memplan.solvers.recompute.exact import solve_exact
+from memplan.solvers.recompute.reach import proves_infeasible
 from memplan.solvers.recompute.search import frontier, minimise_peak, solve_recompute
 
-__all__ = ["frontier", "minimise_peak", "peak_bound", "recompute_bound", "solve_recompute"]
+__all__ = [
+    "frontier",
+    "minimise_peak",
+    "peak_bound",
+    "proves_infeasible",
+    "recompute_bound",
+    "solve_exact",
+    "solve_recompute",
+]

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from memplan.problem import Problem
 
-STATES = 150_000  # sets of held buffers that one game may visit; about 5 s
+WORK = 10_000_000  # pairs of a set of held buffers and an op that all games together may look at; about 2 s
 LARGEST = 400  # buffers in a game
 
 
 def proves_infeasible(problem: Problem, budget: int) -> bool:
     """Whether no sequence keeps ``budget`` bytes, resident ones included; False means only that no proof was found.
 
-    Games with more and more of the buffers, the largest first, until one proves it or visits too many states.
+    Games with more and more of the buffers, the largest first, until one proves it or the work is spent.
     """
     room = budget - problem.resident_bytes
+    left = WORK
     sizes = sorted({b.size for b, w in zip(problem.buffers, problem.writer, strict=True) if w >= 0}, reverse=True)
     for least in sizes:
         if least * 16 < sizes[0]:
             return False  # what is so small hardly stands in the way, and makes the game large
-        able = _everything_runs(problem, room, least)
+        able, spent = _everything_runs(problem, room, least, left)
+        left -= spent
         if able is None:
             return False
         if not able:
@@ -30,11 +32,11 @@ def proves_infeasible(problem: Problem, budget: int) -> bool:
     return False
 
 
-def _everything_runs(problem: Problem, room: int, least: int) -> bool | None:
-    """Whether every op can run in the game with buffers from ``least`` bytes on; None when it is too large to tell."""
+def _everything_runs(problem: Problem, room: int, least: int, work: int) -> tuple[bool | None, int]:
+    """Whether every op can run in the game with buffers from ``least`` bytes on, and the work done; None: too large."""
     large = [b for b, w in enumerate(problem.writer) if w >= 0 and problem.buffers[b].size >= least]
     if len(large) > LARGEST:
-        return None
+        return None, 0
     bit = {b: 1 << at for at, b in enumerate(large)}
     size = {bit[b]: problem.buffers[b].size for b in large}
     moves = []
@@ -52,7 +54,7 @@ def _everything_runs(problem: Problem, room: int, least: int) -> bool | None:
         ran = [m for m in waiting if not m[0] & ~held and weight + _weight(m[1] & ~held, size) + m[2] <= room]
         waiting.difference_update(ran)
         if not waiting:
-            return True
+            return True, len(seen) * len(moves)
         after = [
             (held | writes, weight + more)
             for reads, writes, workspace in useful
@@ -69,9 +71,9 @@ def _everything_runs(problem: Problem, room: int, least: int) -> bool | None:
             if state not in seen:
                 seen[state] = bytes_held
                 stack.append(state)
-        if len(seen) > STATES:
-            return None
-    return False
+        if len(seen) * len(moves) > work:
+            return None, work
+    return False, len(seen) * len(moves)
 
 
 def _weight(buffers: int, size: dict[int, int]) -> int:

@@ -25,7 +25,7 @@ CHUNK = 5_000  # moves between two looks at the clock: below 0.1 s at 3,000 ops
 # The rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
 # one forgets most of its start; the cold one keeps the order of its start and removes what is not needed.
 HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
-LONG = (1.0, 0.5, 0.005)
+LONG = (1.0, 1.0, 0.01)
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
