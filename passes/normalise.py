@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -46,8 +46,7 @@ class Normalise:
 
 
 def _split_dropout(graph: fx.Graph, node: fx.Node) -> bool:
-    source, p, train = node.args
-    assert isinstance(source, fx.Node)
+    source, p, train = cast(tuple[fx.Node, float, bool], node.args)
     value = source.meta["val"]
     if value.device.type != "cpu" or not train or p == 0 or torch_compat.free_symbols(value):
         return False

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,7 +45,7 @@ def demo(
     plain = _train(copy.deepcopy(model), lambda m: m, tokens)
     tell(f"memplan: planning for {memory_budget} of its peak, then the same steps")
     # The arena outlives a step, and the allocator's events of one step would not show it: off, so that all is counted.
-    options = {"memory_budget": memory_budget, "placement.enabled": False}
+    options: dict[str, Any] = {"memory_budget": memory_budget, "placement.enabled": False}
     planned = _train(model, lambda m: torch.compile(m, backend="memplan", options=options), tokens)
     plan = recent_plans()[-1].plan
     emit(f"{'':<10}{'peak':>12}{'step':>11}   loss after each step")

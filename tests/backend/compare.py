@@ -56,13 +56,15 @@ def compare(
         assert error.smallest is not None
         planned = _compiled(copy.deepcopy(model), inputs, error.smallest, options)
     plan = memplan.recent_plans()[-1].plan
-    for step, (want, plain, got) in enumerate(zip(eager, free, planned, strict=True)):
-        for k, (w, p, g) in enumerate(zip(want, plain, got, strict=True)):
-            torch.testing.assert_close(
-                g, w, rtol=tolerance, atol=tolerance, msg=lambda m: f"step {step}, value {k}: {m}"
-            )
-            assert not exact or torch.equal(g, p), f"step {step}, value {k} differs from the unbudgeted run"
+    for step, values in enumerate(zip(eager, free, planned, strict=True)):
+        for k, (want, plain, got) in enumerate(zip(*values, strict=True)):
+            _assert_close(got, want, tolerance, f"step {step}, value {k}")
+            assert not exact or torch.equal(got, plain), f"step {step}, value {k} differs from the unbudgeted run"
     return plan
+
+
+def _assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str) -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}")
 
 
 def _compiled(
