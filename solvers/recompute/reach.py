@@ -9,16 +9,31 @@ from __future__ import annotations
 from memplan.problem import Problem
 
 WORK = 10_000_000  # pairs of a set of held buffers and an op that all games together may look at; about 2 s
+HALVINGS = 8  # of the interval between the bound and the peak: to 0.4 % of it
 LARGEST = 400  # buffers in a game
 
 
-def proves_infeasible(problem: Problem, budget: int) -> bool:
+def reach_bound(problem: Problem, floor: int, peak: int) -> int:
+    """The largest bound on any sequence's peak that the games prove, between a known bound and a known peak."""
+    if floor >= peak or proves_infeasible(problem, peak - 1):
+        return peak
+    low, high = floor, peak - 1
+    for _ in range(HALVINGS):
+        middle = (low + high) // 2
+        if low < high and proves_infeasible(problem, middle, WORK // 4):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def proves_infeasible(problem: Problem, budget: int, work: int = WORK) -> bool:
     """Whether no sequence keeps ``budget`` bytes, resident ones included; False means only that no proof was found.
 
     Games with more and more of the buffers, the largest first, until one proves it or the work is spent.
     """
     room = budget - problem.resident_bytes
-    left = WORK
+    left = work
     sizes = sorted({b.size for b, w in zip(problem.buffers, problem.writer, strict=True) if w >= 0}, reverse=True)
     for least in sizes:
         if least * 16 < sizes[0]:

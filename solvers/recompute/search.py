@@ -15,7 +15,7 @@ from memplan.solvers.recompute.anneal import anneal, new_best, new_work
 from memplan.solvers.recompute.arrays import Graph, pack
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
 from memplan.solvers.recompute.presence import refine
-from memplan.solvers.recompute.reach import proves_infeasible
+from memplan.solvers.recompute.reach import proves_infeasible, reach_bound
 from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
 from memplan.validate import check_sequence
 
@@ -124,6 +124,7 @@ def solve_recompute(
     stored = tuple(range(len(problem.ops)))
     unplanned_peak, unplanned_time = check_sequence(problem, stored)
     floor = peak_bound(problem)
+    search: Search | None = None
 
     def plan(sequence: Sequence[int], status: Status, bound: float) -> Plan:
         peak, time = check_sequence(problem, tuple(sequence))
@@ -133,7 +134,7 @@ def solve_recompute(
             peak=peak,
             time=time,
             bound=min(bound, time),
-            peak_bound=floor,
+            peak_bound=budget + 1 if search is not None and search.infeasible else floor,
             status=status,
             bound_scope="any order" if bound <= problem.total_time else "order fixed",
             solver=SOLVER,
@@ -233,8 +234,7 @@ def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence
             search.say("interrupted: going on with the lowest plan so far")
         found = search.lowest() or found
     peak, time = check_sequence(problem, found)
-    if peak > floor and proves_infeasible(problem, peak - 1):
-        floor = peak
+    floor = reach_bound(problem, floor, peak)
     return Plan(
         sequence=found,
         budget=None,

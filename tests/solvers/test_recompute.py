@@ -22,7 +22,7 @@ from memplan.problem import Buffer, Op, Phase, Problem
 from memplan.solvers.recompute import frontier, minimise_peak, peak_bound, recompute_bound, solve_recompute
 from memplan.solvers.recompute.exact import LARGEST, solve_exact
 from memplan.solvers.recompute.presence import presence, refine, tightest
-from memplan.solvers.recompute.reach import proves_infeasible
+from memplan.solvers.recompute.reach import proves_infeasible, reach_bound
 from memplan.solvers.recompute.search import Search
 from memplan.solvers.recompute.state import LENGTH, LOAD, OP, OVER, RUN, N
 from memplan.validate import check_sequence, validate
@@ -200,6 +200,9 @@ def test_a_budget_that_no_order_keeps_is_proven_infeasible() -> None:
     assert peak_bound(problem) == 21
     assert proves_infeasible(problem, 29) and not proves_infeasible(problem, 30)
     assert minimise_peak(problem, limits=SHORT).status == Status.OPTIMAL
+    plan = solve_recompute(problem, 29, limits=SHORT)
+    assert plan.status == Status.INFEASIBLE and plan.peak_bound == 30
+    assert reach_bound(problem, 21, 40) == 30
 
 
 def test_the_start_is_kept_where_nothing_better_is_found() -> None:
