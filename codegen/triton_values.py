@@ -461,9 +461,8 @@ class Writer:
     def _slice_scatter(self, node: fx.Node, index: Index, at: At) -> Value:
         arguments: Any = node.args
         base, source = arguments[:2]
-        dim, start, step = (
-            arguments[k] if len(arguments) > k else default for k, default in ((2, 0), (3, None), (5, 1))
-        )
+        given: dict[int, Any] = dict(enumerate(arguments))
+        dim, start, step = given.get(2, 0), given.get(3), given.get(5, 1)
         if step != 1:
             raise UnsupportedError(f"{node.name} scatters with a stride")
         dim = dim % len(index)

@@ -166,6 +166,8 @@ class _Writer:
 
     def _region(self, unit: tuple[int, ...]) -> None:
         results = self._results(unit)
+        if not results:  # recomputations that only others inside would have read
+            return
         graph_module, outer = _subgraph([n for run in unit for n in self.graph.members[run]], results)
         region = Region.from_graph_module(graph_module)
         call = self.calls[unit] = self.kernels.setdefault(region.key, FusedRegion(region, self.lowering))
