@@ -58,8 +58,8 @@ class Meter:
         if not hasattr(library, "peak_interposer_live"):
             raise RuntimeError("this process does not count allocations; start it with meter.interposed_environment()")
         self._live, self._peak = library.peak_interposer_live, library.peak_interposer_peak
-        self._aligned = library.peak_interposer_aligned
-        self._live.restype = self._peak.restype = self._aligned.restype = ctypes.c_longlong
+        self._tensors = library.peak_interposer_tensors
+        self._live.restype = self._peak.restype = self._tensors.restype = ctypes.c_longlong
         self._reset = library.peak_interposer_reset
         self._reset.restype = None
 
@@ -69,9 +69,9 @@ class Meter:
         return self._live()
 
     def tensors(self) -> int:
-        """Bytes held now in aligned blocks of at least 1 MiB, garbage collected first: tensors and arenas alone."""
+        """Bytes held now in blocks of at least 1 MiB from PyTorch's allocator, garbage collected first."""
         gc.collect()
-        return self._aligned()
+        return self._tensors()
 
     def measure(self, call: Callable[[], object]) -> Peak:
         """Run ``call`` and drop its result; garbage is collected before, not during."""

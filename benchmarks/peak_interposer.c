@@ -1,9 +1,10 @@
 /* Counts the bytes a process holds from malloc: LD_PRELOAD this library, then read and reset the count through ctypes.
  *
  * Every block of at least COUNTED_FROM usable bytes counts with its malloc_usable_size; smaller ones (Python objects,
- * bookkeeping) are left out, tensors are not. Blocks of at least KEPT_FROM that were asked for with an alignment count a
- * second time on their own: PyTorch takes every tensor so and an interpreter nothing, and a kernel that oneDNN has
- * compiled is smaller. They tell what a step keeps between its runs (an arena, a tensor) from what libraries load.
+ * bookkeeping) are left out, tensors are not. Blocks of at least KEPT_FROM from posix_memalign count a second time
+ * on their own: PyTorch's allocator takes all its memory there, Python and LLVM take theirs elsewhere, and a kernel
+ * that oneDNN has compiled is smaller. They tell what a step keeps between its runs (an arena, a tensor) from what
+ * libraries load.
  * mmap is not counted: no CPU kernel of PyTorch maps its tensors.
  * The next definition of each function is looked up with dlsym; what dlsym itself allocates meanwhile comes from a
  * small static area. Any thread may allocate and any thread may read.
@@ -20,7 +21,7 @@
 #define COUNTED_FROM 4096
 #define KEPT_FROM (1 << 20)
 
-static _Atomic long long live_bytes, peak_bytes, aligned_bytes;
+static _Atomic long long live_bytes, peak_bytes, tensor_bytes;
 
 static void *(*next_malloc)(size_t);
 static void *(*next_calloc)(size_t, size_t);
@@ -70,7 +71,7 @@ static void add(size_t size) {
     }
 }
 
-/* The large aligned blocks that live, in a hash table with linear probing: free() is not told how a block was asked for. */
+/* Such blocks, in a hash table with linear probing: free() is not told where a block came from. */
 #define SLOTS ((size_t)1 << 14)
 
 static void *slots[SLOTS];
@@ -81,20 +82,17 @@ static size_t home(const void *block) { return ((uintptr_t)block >> 6) * 0x9E377
 
 static size_t after(size_t slot) { return (slot + 1) & (SLOTS - 1); }
 
-static void *add_aligned(void *block) {
-    size_t size = counted(block);
-    add(size);
-    if (size < KEPT_FROM) return block;
+static void remember(const void *block, size_t size) {
+    if (size < KEPT_FROM) return;
     pthread_mutex_lock(&guard);
     if (taken < SLOTS / 2) { /* 8192 tensors of that size at once are more than any benchmark holds */
         size_t slot = home(block);
         while (slots[slot]) slot = after(slot);
-        slots[slot] = block;
+        slots[slot] = (void *)block;
         taken++;
-        atomic_fetch_add_explicit(&aligned_bytes, (long long)size, memory_order_relaxed);
+        atomic_fetch_add_explicit(&tensor_bytes, (long long)size, memory_order_relaxed);
     }
     pthread_mutex_unlock(&guard);
-    return block;
 }
 
 /* Take the block out of the table and move up what stood behind it for want of its own slot. */
@@ -120,7 +118,7 @@ static void subtract(void *block) {
     atomic_fetch_sub_explicit(&live_bytes, (long long)size, memory_order_relaxed);
     if (size < KEPT_FROM) return;
     pthread_mutex_lock(&guard);
-    if (forget(block)) atomic_fetch_sub_explicit(&aligned_bytes, (long long)size, memory_order_relaxed);
+    if (forget(block)) atomic_fetch_sub_explicit(&tensor_bytes, (long long)size, memory_order_relaxed);
     pthread_mutex_unlock(&guard);
 }
 
@@ -169,22 +167,29 @@ void free(void *block) {
 int posix_memalign(void **out, size_t alignment, size_t size) {
     look_up();
     int status = next_posix_memalign(out, alignment, size);
-    if (!status) add_aligned(*out);
+    if (!status) {
+        add(counted(*out));
+        remember(*out, counted(*out));
+    }
     return status;
 }
 
 void *aligned_alloc(size_t alignment, size_t size) {
     look_up();
-    return add_aligned(next_aligned_alloc(alignment, size));
+    void *block = next_aligned_alloc(alignment, size);
+    add(counted(block));
+    return block;
 }
 
 void *memalign(size_t alignment, size_t size) {
     look_up();
-    return add_aligned(next_memalign(alignment, size));
+    void *block = next_memalign(alignment, size);
+    add(counted(block));
+    return block;
 }
 
 /* What the measuring program calls. */
 long long peak_interposer_live(void) { return atomic_load(&live_bytes); }
-long long peak_interposer_aligned(void) { return atomic_load(&aligned_bytes); }
+long long peak_interposer_tensors(void) { return atomic_load(&tensor_bytes); }
 long long peak_interposer_peak(void) { return atomic_load(&peak_bytes); }
 void peak_interposer_reset(void) { atomic_store(&peak_bytes, atomic_load(&live_bytes)); }
