@@ -144,9 +144,9 @@ class Bench:
         self._progress.stop()
 
     def record(self, model: Model, key: str, contender: str | None = None, budget: int | None = None) -> Record:
-        """The record kept under ``key``; measured when absent, forced, or of another budget than ``budget`` bytes."""
+        """The record kept under ``key``; measured when absent, forced, failed, or of another budget in bytes."""
         known = self.results.get(model, key)
-        if known is not None and not self.force and known.get("budget") == budget:
+        if known is not None and not self.force and "failure" not in known and known.get("budget") == budget:
             return known
         task = self._progress.add_task(f"{model}  {key}")
         record = measure(Job(model, contender or key, self.pairs, self.threads))
