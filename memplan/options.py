@@ -35,7 +35,7 @@ class Options:
     verify: bool = True  # validate every plan before it runs
     runtime_estimator: str = "profile"  # "profile": measure each op once; "analytic": estimate
     recompute_enabled: bool = True
-    placement_enabled: bool = True  # one allocation for a step's memory, at planned offsets
+    placement_enabled: bool = False  # one allocation for a step's memory, at planned offsets
     fusion_enabled: bool = False  # contract pointwise ops and reductions into compiled regions
     lowering: str | None = None  # of a region: "triton", "inductor" or "eager"; None: the fastest for the device
     solver_time_limit_s: float | None = None  # wall clock; None: only the deterministic work limit

@@ -42,7 +42,9 @@ def images(seed: int = 0) -> torch.Tensor:
 
 def compiled(model: nn.Module, **options: Any) -> Any:
     torch._dynamo.reset()
-    return torch.compile(model, backend="memplan", options={"runtime_estimator": "analytic", **options})
+    return torch.compile(
+        model, backend="memplan", options={"runtime_estimator": "analytic", "placement.enabled": True, **options}
+    )
 
 
 def pool() -> arena.Pool:
