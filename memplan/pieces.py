@@ -122,11 +122,18 @@ def _gradients(planned: Planned) -> int:
 
 
 class Models:
-    """Finds the model that a graph belongs to: torch hands every graph of one ``torch.compile`` the same options."""
+    """Finds the model that a graph belongs to: torch hands every graph of one ``torch.compile`` the same options.
 
-    def __init__(self) -> None:
+    The models compiled last are remembered, so that a process that compiles for ever does not grow for ever.
+    """
+
+    def __init__(self, remembered: int = 32) -> None:
+        self._remembered = remembered
         self._known: dict[int, tuple[Mapping[str, Any], Model]] = {}
 
     def of(self, given: Mapping[str, Any], options: Options) -> Model:
-        known = self._known.setdefault(id(given), (given, Model(options)))  # the reference keeps the id from reuse
+        known = self._known.pop(id(given), None) or (given, Model(options))  # the reference keeps the id from reuse
+        self._known[id(given)] = known
+        if len(self._known) > self._remembered:
+            del self._known[next(iter(self._known))]
         return known[1]

@@ -206,7 +206,7 @@ def solve(problem: Problem, budget: int | None, options: Options, limits: Limits
     stored = stored_plan(problem, budget)
     if budget is not None and stored.peak <= budget:
         return stored
-    ordered = replace(solve_order(problem, limits=limits), budget=budget)
+    ordered = replace(solve_order(problem, goal=budget or 0, limits=limits), budget=budget)
     if budget is None:
         return ordered if ordered.peak < stored.peak else stored
     if ordered.peak <= budget:
