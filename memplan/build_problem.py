@@ -35,7 +35,7 @@ BUFFER = "memplan_buffer"  # node meta: the first buffer behind a node's value
 RECOMPUTE = "memplan_recompute"  # node meta: True on a run that is not the op's first
 TANGENTS = "tangents"  # name of the op at which the caller hands the output's gradients to the backward
 
-# glibc maps blocks from this size on by whole pages: without the page that costs, one measured budget of eleven was
+# glibc maps blocks from this size on by whole pages: without the page that costs, one measured budget of twelve was
 # exceeded, by 18,928 bytes of 227 MB.
 _MAPPED, _PAGE = 128 << 10, 4096
 

@@ -71,15 +71,17 @@ class Model:
 
     def add(self, piece: Piece) -> None:
         """A new piece, or the same one compiled again for other shapes, which takes the old one's place."""
-        for at, known in enumerate(self.pieces):
-            if piece.frame is not None and known.frame == piece.frame:
-                self.pieces[at] = piece
-                return
-        self.pieces.append(piece)
+        at = self._place(piece)
+        self.pieces[at : at + 1] = [piece]
+
+    def _place(self, piece: Piece) -> int:
+        """Where the frame stands that a piece was compiled from; the end for a new one."""
+        same = (k for k, p in enumerate(self.pieces) if p is piece or (p.frame is not None and p.frame == piece.frame))
+        return next(same, len(self.pieces))
 
     def elsewhere(self, piece: Piece) -> Elsewhere:
         """What the other pieces hold while ``piece`` runs."""
-        at = self.pieces.index(piece)
+        at = self._place(piece)
         before = [p.planned for p in self.pieces[:at] if p.planned is not None]
         after = [p.planned for p in self.pieces[at + 1 :] if p.planned is not None]
         mine = piece.planned

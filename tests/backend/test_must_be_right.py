@@ -264,6 +264,14 @@ def test_dynamic_shapes_are_right_at_every_size():
             torch.testing.assert_close(g, p.grad)
 
 
+def test_a_shape_seen_before_runs_again_after_another_was_compiled():
+    model = Deep(gelu_tanh)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="memplan", dynamic=False, options=FAST | {"memory_budget": "64KiB"})
+    for rows in (8, 16, 8, 16):
+        torch.testing.assert_close(run(X[:rows]), model(X[:rows]))
+
+
 def test_model_can_be_copied_and_pickled_after_compiling():
     model = Deep(torch.tanh)
     compiled(model, memory_budget="1MiB")(X).sum().backward()
