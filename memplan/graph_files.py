@@ -126,7 +126,8 @@ def _joint(data: Mapping[str, Any]) -> Problem:
         Buffer(f"b{b}", size if b in made else 0, Category.ACTIVATION if b in made else Category.INPUT)
         for b, size in enumerate(sizes)
     )
-    return Problem(tuple(ops), buffers, tuple(dict.fromkeys((*outputs, *forward))), forward, str(data.get("note", "")))
+    outputs = tuple(dict.fromkeys((*outputs, *forward)))
+    return Problem(tuple(ops), buffers, outputs, forward, note=str(data.get("note", "")))
 
 
 def _list(data: Mapping[str, Any], key: str, place: str) -> list[Any]:

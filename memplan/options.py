@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from memplan.errors import OptionError
 from memplan.units import parse_budget, parse_bytes
 
-GROUPS = ("fusion", "placement", "recompute", "trace")
+GROUPS = ("fusion", "placement", "recompute", "swap", "trace")
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "min-peak": {"objective": "peak"},
@@ -35,6 +35,11 @@ class Options:
     verify: bool = True  # validate every plan before it runs
     runtime_estimator: str = "profile"  # "profile": measure each op once; "analytic": estimate
     recompute_enabled: bool = True
+    swap_enabled: bool = True  # offload to the tiers named in swap.tiers, where that is cheaper than recomputing
+    swap_tiers: str = "host"  # comma-separated: "host" (where the device is not the host), "disk" (opt-in)
+    swap_directory: str | None = None  # of the disk tier's file; None: the system's directory for temporary files
+    swap_disk_limit: int | str | None = None  # bytes; None: what is free there
+    swap_host_limit: int | str | None = None  # bytes; None: what is free
     placement_enabled: bool = False  # one allocation for a step's memory, at planned offsets
     fusion_enabled: bool = False  # contract pointwise ops and reductions into compiled regions
     lowering: str | None = None  # of a region: "triton", "inductor" or "eager"; None: the fastest for the device

@@ -12,15 +12,15 @@ from memplan.problem import SCHEMA_VERSION, read_schema
 
 @dataclass(frozen=True)
 class Offload:
-    """One stay of a buffer's copy away from the device, between two positions of the sequence."""
+    """One stay of a buffer's copy away from the device, between two positions of the sequence (rules: problem.py)."""
 
     buffer: int
-    made_at: int  # position of the run that made the copy
+    made_at: int  # position of the run that made the copy; -1 for a resident buffer
     out_from: int  # the copy-out starts before this position runs
     out_until: int  # device bytes are free from this position on
     in_from: int  # the copy-in starts before this position runs; device bytes are taken from here on
     in_until: int  # a reader at this position or later may read
-    tier: str  # "host" or "disk"
+    tier: str  # name of one of the problem's tiers
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,17 @@ The rules that every solver, the simulator and the validator share:
 * Every forward output exists before the first run of a backward or optimizer op.
 * An op marked ``once`` runs exactly once; one of the forward phase runs before the first backward op.
 * ``after``: the first run of an op comes after the first run of every op named there (order of mutations and of draws).
+* An *offload* (memplan/plans.py) sends a copy to a *tier* and brings it back. Its copy-out starts before position
+  ``out_from`` runs; the step waits for its end before position ``out_until``, from which on the copy takes no device
+  bytes. Its copy-in takes them again from position ``in_from`` on, starts before that position runs, and the step waits
+  for its end before position ``in_until``. No position in ``[out_until, in_until)`` reads the copy. A tier's two
+  engines each serve one transfer at a time, in order of start; a transfer takes ``latency + bytes / rate``; a copy-in
+  starts once its copy-out has ended. A tier that already has the contents (an earlier offload of the copy, or its home)
+  takes no second copy-out: ``out_from == out_until``. A plan's time is the end of its last run, waits included.
+* A resident buffer with a ``home`` lies on that tier before the step and after it, and takes device bytes only between
+  its copy-in and the next release. Its offloads have ``made_at`` -1; the first is ``out_from = out_until = 0``, and in
+  the last, ``in_from = in_until = len(sequence)``: it stays away. Once an op mutated it, its release is a copy-out.
+* What lies on a tier at any position, homes included, fits the tier's capacity.
 """
 
 from __future__ import annotations
@@ -51,6 +62,17 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class Tier:
+    """A slower memory beside the device, with one engine for copies out and one for copies in."""
+
+    name: str  # "host" or "disk"
+    capacity: int  # bytes
+    write: float  # bytes a time unit, from the device
+    read: float  # bytes a time unit, to the device
+    latency: float  # time units
+
+
+@dataclass(frozen=True)
 class Buffer:
     """One storage; views share it."""
 
@@ -59,6 +81,7 @@ class Buffer:
     category: Category = Category.ACTIVATION
     module: str = ""  # path of the nn.Module whose op made it
     source: str = ""  # file:line
+    home: str = ""  # the tier where a resident buffer lies between steps; empty: the device
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,7 @@ class Problem:
     buffers: tuple[Buffer, ...]
     outputs: tuple[int, ...] = ()  # buffers that exist at the end, forward outputs included
     forward_outputs: tuple[int, ...] = ()  # those that exist before the first backward op
+    tiers: tuple[Tier, ...] = ()
     note: str = field(default="", compare=False)
 
     @cached_property
@@ -167,6 +191,7 @@ class Problem:
             buffers=tuple(Buffer(**b | {"category": Category(b["category"])}) for b in data["buffers"]),
             outputs=tuple(data["outputs"]),
             forward_outputs=tuple(data["forward_outputs"]),
+            tiers=tuple(Tier(**tier) for tier in data.get("tiers", ())),
             note=data.get("note", ""),
         )
 
