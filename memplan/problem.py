@@ -7,22 +7,32 @@ The rules that every solver, the simulator and the validator share:
   reads the newest copy made before it. A copy is live from the run that makes it to the last run that reads it (itself
   included). Outputs stay live to the end: of a forward output the copy in force when backward begins (the caller holds
   it from then on), of any other output the newest copy.
-* *Resident* buffers, written by no op (parameters, inputs), are live throughout.
-* Load at a position = resident bytes + live copies + the running op's workspace; peak = the largest load.
+* *Resident* buffers, written by no op (parameters, inputs), are live throughout; one with a ``home`` is not.
+* Load at a position = resident bytes + live copies + the running op's workspace; peak = the largest load, that after
+  the last run included.
 * Every forward output exists before the first run of a backward or optimizer op.
 * An op marked ``once`` runs exactly once; one of the forward phase runs before the first backward op.
 * ``after``: the first run of an op comes after the first run of every op named there (order of mutations and of draws).
+* ``after_all``: an op's first run comes after every run of every op named there (an update of what they read).
 * An *offload* (memplan/plans.py) sends a copy to a *tier* and brings it back. Its copy-out starts before position
   ``out_from`` runs; the step waits for its end before position ``out_until``, from which on the copy takes no device
   bytes. Its copy-in takes them again from position ``in_from`` on, starts before that position runs, and the step waits
-  for its end before position ``in_until``. No position in ``[out_until, in_until)`` reads the copy. A tier's two
-  engines each serve one transfer at a time, in order of start; a transfer takes ``latency + bytes / rate``; a copy-in
-  starts once its copy-out has ended. A tier that already has the contents (an earlier offload of the copy, or its home)
-  takes no second copy-out: ``out_from == out_until``. A plan's time is the end of its last run, waits included.
+  for its end before position ``in_until``. No position in ``[out_until, in_until)`` reads the copy, none in
+  ``[out_from, in_until)`` changes it, and of it something is read at ``in_until`` or later, or it is held to the end.
+* Before a position runs, in this order: its copies out start, its waits for copies out end, its copies in start (into
+  bytes that those waits freed), its waits for copies in end.
+* A tier's two engines each serve one transfer at a time, in order of the positions they start before; of one position
+  first what is waited for first, then in the plan's order. A transfer takes ``latency + bytes / rate``; a copy-in
+  starts once its copy-out has ended. A tier that already has the contents (an earlier offload of the copy, or its home;
+  unchanged since) takes no second copy-out: ``out_from == out_until``. A plan's time is the end of its last run and of
+  the waits after it.
+* A forward output is on the device from the begin of backward on, other outputs are at the end, and a resident buffer
+  without a home always is: the caller holds them.
 * A resident buffer with a ``home`` lies on that tier before the step and after it, and takes device bytes only between
   its copy-in and the next release. Its offloads have ``made_at`` -1; the first is ``out_from = out_until = 0``, and in
   the last, ``in_from = in_until = len(sequence)``: it stays away. Once an op mutated it, its release is a copy-out.
-* What lies on a tier at any position, homes included, fits the tier's capacity.
+* What lies on a tier fits its capacity: homes throughout, a copy from the start of its copy-out to the last
+  ``in_until`` that reads it there.
 """
 
 from __future__ import annotations
@@ -94,6 +104,7 @@ class Op:
     writes: tuple[int, ...] = ()  # buffers it makes; every buffer has at most one writer
     mutates: tuple[int, ...] = ()  # resident or earlier-made buffers it changes in place; such an op is ``once``
     after: tuple[int, ...] = ()  # ops whose first run comes first, beyond what reads imply
+    after_all: tuple[int, ...] = ()  # ops all of whose runs come first; such an op is ``once``
     time: float = 0.0  # microseconds on a device; a file's own unit otherwise
     workspace: int = 0  # bytes held only while it runs, beyond operands and results
     phase: Phase = Phase.FORWARD
@@ -128,8 +139,14 @@ class Problem:
         return tuple(b for b, op in enumerate(self.writer) if op < 0)
 
     @cached_property
+    def homed(self) -> tuple[int, ...]:
+        """Resident buffers that lie on a tier between steps."""
+        return tuple(b for b in self.resident if self.buffers[b].home)
+
+    @cached_property
     def resident_bytes(self) -> int:
-        return sum(self.buffers[b].size for b in self.resident)
+        """Bytes that no plan can take off the device: those of resident buffers without a home."""
+        return sum(self.buffers[b].size for b in self.resident if not self.buffers[b].home)
 
     @cached_property
     def operands(self) -> tuple[tuple[int, ...], ...]:
@@ -165,7 +182,7 @@ class Problem:
                 if b in made:
                     raise InputError(f"op {i} ({op.name}) makes buffer {b}, which exists already")
                 made.add(b)
-            for j in op.after:
+            for j in (*op.after, *op.after_all):
                 if j not in seen:
                     raise InputError(f"op {i} ({op.name}) must come after op {j}, which does not come before it")
             if op.time < 0 or op.workspace < 0:
@@ -179,6 +196,25 @@ class Problem:
         for buffer in self.buffers:
             if buffer.size < 0:
                 raise InputError(f"buffer {buffer.name} has a negative size")
+        self._check_tiers()
+
+    def _check_tiers(self) -> None:
+        names = [tier.name for tier in self.tiers]
+        if len(set(names)) != len(names):
+            raise InputError("two tiers have one name")
+        for tier in self.tiers:
+            if tier.write <= 0 or tier.read <= 0 or tier.latency < 0 or tier.capacity < 0:
+                raise InputError(f"tier {tier.name} has a rate that is not positive, or a negative latency or capacity")
+            held = sum(buffer.size for buffer in self.buffers if buffer.home == tier.name)
+            if held > tier.capacity:
+                raise InputError(f"tier {tier.name} holds {tier.capacity} bytes; those at home there take {held}")
+        for b, buffer in enumerate(self.buffers):
+            if buffer.home and buffer.home not in names:
+                raise InputError(f"buffer {buffer.name} has its home on {buffer.home!r}, which is no tier")
+            if buffer.home and self.writer[b] >= 0:
+                raise InputError(f"buffer {buffer.name} has a home, and an op that makes it")
+            if buffer.home and b in self.outputs:
+                raise InputError(f"buffer {buffer.name} has a home, and is an output")
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "problem", **asdict(self)}, indent=1)
