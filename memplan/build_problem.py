@@ -33,6 +33,7 @@ from memplan.runtime.random import draw, rng_state
 OP = "memplan_op"  # node meta: index of the op whose run makes the node's value
 BUFFER = "memplan_buffer"  # node meta: the first buffer behind a node's value
 RECOMPUTE = "memplan_recompute"  # node meta: True on a run that is not the op's first
+PHASE = "memplan_phase"  # node meta: Phase.OPTIMIZER on what updates a parameter
 TANGENTS = "tangents"  # name of the op at which the caller hands the output's gradients to the backward
 
 # glibc maps blocks from this size on by whole pages: without the page that costs, one measured budget of twelve was
@@ -113,11 +114,12 @@ class _Builder:
             self.buffer_of[node] = self._storages(node, given.category, name, given.module)
 
     def _phases(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-        """Forward nodes first, each part in its stored order; backward is what needs a tangent or is tagged so."""
+        """Forward nodes first, each part in its stored order; backward is what needs a tangent or is tagged so, and
+        updates."""
         self.backward |= {n for n in self.capture.placeholders if is_tangent(n)}
         for node in nodes:
             tagged = node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
-            if tagged or any(a in self.backward for a in input_nodes(node)):
+            if tagged or PHASE in node.meta or any(a in self.backward for a in input_nodes(node)):
                 self.backward.add(node)
         return sorted(nodes, key=lambda n: n in self.backward)
 
@@ -159,8 +161,12 @@ class _Builder:
                 mutates=mutated,
                 time=cost.time,
                 workspace=cost.workspace,
-                phase=Phase.BACKWARD if node in self.backward else Phase.FORWARD,
-                once=bool(mutated) or _has_effect(node) or is_random(node) or node.target is rng_state,
+                phase=self._phase(node),
+                once=bool(mutated)
+                or _has_effect(node)
+                or is_random(node)
+                or node.target is rng_state
+                or PHASE in node.meta,
                 module=module_path(node),
                 source=source_line(node),
             )
@@ -193,6 +199,9 @@ class _Builder:
                 self.buffer_at[key] = len(self.buffers) - 1
             found.append(self.buffer_at[key])
         return tuple(dict.fromkeys(found))
+
+    def _phase(self, node: fx.Node) -> Phase:
+        return node.meta.get(PHASE, Phase.BACKWARD if node in self.backward else Phase.FORWARD)
 
     def _category(self, node: fx.Node) -> Category:
         return Category.TEMPORARY if node in self.backward else Category.ACTIVATION
@@ -227,9 +236,11 @@ def _with_order(problem: Problem, draws: set[int]) -> Problem:
     """Order what the dataflow does not: mutations against readers, random draws and effects among themselves, the
     start of the backward against both.
 
-    A reader of a buffer that changes may not run again after the change: it becomes ``once``.
+    A reader of a buffer that changes may not run again after the change: an update of the optimizer follows all its
+    runs; before another change it becomes ``once``.
     """
     after: dict[int, set[int]] = defaultdict(set)
+    after_all: dict[int, set[int]] = defaultdict(set)
     frozen: set[int] = set()
     mutated = {b for op in problem.ops for b in op.mutates}
     users: dict[int, set[int]] = defaultdict(set)  # of a mutated buffer, since its last change
@@ -241,11 +252,14 @@ def _with_order(problem: Problem, draws: set[int]) -> Problem:
             if b in last_change:
                 after[i].add(last_change[b])
             if b in op.mutates:
-                after[i] |= users[b]
+                if op.phase == Phase.OPTIMIZER:
+                    after_all[i] |= users[b]
+                else:
+                    after[i] |= users[b]
+                    frozen |= users[b]
                 last_change[b], users[b] = i, set()
             else:
                 users[b].add(i)
-                frozen.add(i)
         if op.name == TANGENTS:
             start = i
             after[i] |= {j for j in draws if j < i}
@@ -258,7 +272,7 @@ def _with_order(problem: Problem, draws: set[int]) -> Problem:
     ops = []
     for i, op in enumerate(problem.ops):
         once = op.once or (i in frozen and op.target not in _STATISTICS_TARGETS)
-        ops.append(replace(op, once=once, after=tuple(sorted(after[i] - {i}))))
+        ops.append(replace(op, once=once, after=tuple(sorted(after[i] - {i})), after_all=tuple(sorted(after_all[i]))))
     return replace(problem, ops=tuple(ops))
 
 

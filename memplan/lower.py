@@ -174,7 +174,7 @@ class _Lowering:
             step = Step(
                 StepKind.RUN,
                 node.name,
-                phase,
+                op.phase if op.phase == Phase.OPTIMIZER else phase,
                 reads,
                 tuple(made),
                 workspace=op.workspace,

@@ -30,6 +30,7 @@ class RunGraph:
         self.behind: dict[fx.Node, dict[int, int]] = {}
         self._sizes: list[int] = []
         self._first: dict[int, int] = {}  # op of the base problem -> its first run
+        self._all: dict[int, list[int]] = {}  # ... and all of them
         self._may_fuse = may_fuse
         runs = tuple(self._runs())
         kept = frozenset(c for n in input_nodes(self.output) for c in self.behind.get(n, {}).values())
@@ -72,7 +73,11 @@ class RunGraph:
         self.run_of[node] = index
         self._first.setdefault(node.meta[OP], index)
         reads = tuple(dict.fromkeys(c for a in input_nodes(node) for c in self.behind.get(a, {}).values()))
-        after = tuple(self._first[j] for j in op.after if self._first.get(j, index) != index)
+        self._all.setdefault(node.meta[OP], []).append(index)
+        after = (
+            *(self._first[j] for j in op.after if self._first.get(j, index) != index),
+            *(run for j in op.after_all for run in self._all[j]),
+        )
         fusible = not op.once and not op.mutates and self._may_fuse(node)
         return Run(node.name, reads, self._store(node), after, domain if fusible else -1, op.workspace)
 

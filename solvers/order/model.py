@@ -7,6 +7,7 @@ its own that makes its own copies, and precedences keep every reader on the copy
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +121,7 @@ def build_model(problem: Problem, sequence: Sequence[int] | None = None) -> Orde
     copies: list[_Copy] = []
     first_run: dict[int, int] = {}
     last_run: dict[int, int] = {}
+    all_runs: defaultdict[int, list[int]] = defaultdict(list)
     preds: list[set[int]] = []
     for v, i in enumerate(runs):
         before: set[int] = set()
@@ -137,8 +139,10 @@ def build_model(problem: Problem, sequence: Sequence[int] | None = None) -> Orde
             before.add(last_run[i])
         else:
             before.update(first_run[j] for j in op.after)
+            before.update(v for j in op.after_all for v in all_runs[j])
             first_run[i] = v
         last_run[i] = v
+        all_runs[i].append(v)
         for b in problem.operands[i]:
             newest[b].readers.append(v)
             before.add(newest[b].writer)

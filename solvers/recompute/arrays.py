@@ -31,6 +31,8 @@ GUARDS = 18  # per op, 1: moving it over the begin of backward matters: it makes
 LOTTERY = 19  # buffers that may be recomputed, large ones more often
 COUNT = 20  # OPS, BUFFERS, TICKETS: how many
 OPS, BUFFERS, TICKETS = 0, 1, 2
+FINAL_ROW, FINAL = 21, 22  # ops all of whose runs come before each op
+UNTIL_ROW, UNTIL = 23, 24  # ops that come after each op's every run
 
 
 class Graph(NamedTuple):
@@ -49,10 +51,8 @@ def pack(problem: Problem) -> Graph:
     outputs = [b for b in problem.outputs if problem.writer[b] >= 0 and b not in set(held)]
     is_held, is_output = np.zeros(len(size), np.int64), np.zeros(len(size), np.int64)
     is_held[held], is_output[outputs] = 1, 1
-    before: list[list[int]] = [[] for _ in ops]
-    for i, op in enumerate(ops):
-        for j in op.after:
-            before[j].append(i)
+    after = [tuple({*op.after, *op.after_all}) for op in ops]
+    before, until = _followers(after), _followers([op.after_all for op in ops])
     makes_held = {problem.writer[b] for b in held}
     makes = [sum(problem.buffers[b].size for b in op.writes) for op in ops]
     guards = [i in makes_held or (op.once and op.phase == Phase.FORWARD) for i, op in enumerate(ops)]
@@ -61,7 +61,7 @@ def pack(problem: Problem) -> Graph:
         *_rows(problem.operands),
         *_rows([op.writes for op in ops]),
         *_rows(problem.readers),
-        *_rows([op.after for op in ops]),
+        *_rows(after),
         *_rows(before),
         problem.writer,
         size,
@@ -74,6 +74,8 @@ def pack(problem: Problem) -> Graph:
         guards,
         tickets,
         [len(ops), len(size), len(tickets)],
+        *_rows([op.after_all for op in ops]),
+        *_rows(until),
     ]
     table = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
     for at, row in enumerate(rows):
@@ -87,6 +89,15 @@ def _lottery(problem: Problem, size: Ints) -> list[int]:
     largest = max((int(size[b]) for b in able), default=0)
     tickets = [(b, int(np.sqrt(size[b] / largest) * 64)) for b in able] if largest else []
     return [b for b, count in tickets for _ in range(count)]
+
+
+def _followers(after: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each op those that name it."""
+    found: list[list[int]] = [[] for _ in after]
+    for i, named in enumerate(after):
+        for j in named:
+            found[j].append(i)
+    return found
 
 
 def _rows(lists: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

@@ -108,12 +108,13 @@ def _program(problem: Problem, room: int) -> Program:
     begin = next((t for t, op in enumerate(ops) if op.phase != Phase.FORWARD), n)
     held = {b for b in problem.forward_outputs if writer[b] >= 0 and begin < n}
     made_by_op = [b for b in range(len(size)) if writer[b] >= 0]
+    until = [min((u for u, op in enumerate(ops) if i in op.after_all), default=n) for i in range(n)]
     p = Program()
     unit = max(1, room)
     for t in range(n):
         for i in range(t + 1):
             fixed = t >= begin and any(b in held for b in ops[i].writes)
-            if i == t or not (ops[i].once or fixed):
+            if i == t or not (ops[i].once or fixed or t > until[i]):
                 p.add(("R", t, i, 0), ops[i].time, float(i == t))
             else:
                 p.add(("R", t, i, 0))

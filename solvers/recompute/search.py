@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from memplan.errors import PlanError
 from memplan.outcome import Limits, Status
 from memplan.plans import Plan
 from memplan.problem import Problem
@@ -182,7 +183,7 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int]) -> fl
     relaxed = refine(problem, budget, search.loads, search.deadline)
     bound = relaxed.bound if relaxed.bound < np.inf else problem.total_time
     search.say(f"presence programs: no plan in stored order is faster than {bound:.6g}")
-    if relaxed.sequence is not None:
+    if relaxed.sequence is not None and _is_valid(problem, relaxed.sequence):
         search.round(relaxed.sequence, room, *(COLD if small else BRIEF))
     if search.best.time[0] > bound * (1 + CLOSE):
         search.round(start, room, *(LONG if small else HOT))
@@ -194,6 +195,15 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int]) -> fl
         if search.best.low[1] <= room:
             search.round(search.lowest(), room, *COLD)
     return max(bound, recompute_bound(problem, budget))
+
+
+def _is_valid(problem: Problem, sequence: Sequence[int]) -> bool:
+    """The presence programs do not know ``after_all``: they may run an op again after its operand was updated."""
+    try:
+        check_sequence(problem, tuple(sequence))
+    except PlanError:
+        return False
+    return True
 
 
 def _lower(search: Search, goal: int, start: Sequence[int], moves: int) -> None:

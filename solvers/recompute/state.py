@@ -17,6 +17,8 @@ from memplan.solvers.recompute.arrays import (
     BEFORE_ROW,
     BUFFERS,
     COUNT,
+    FINAL,
+    FINAL_ROW,
     FORWARD,
     GUARDS,
     IS_HELD,
@@ -28,6 +30,8 @@ from memplan.solvers.recompute.arrays import (
     READERS,
     READS,
     SIZE,
+    UNTIL,
+    UNTIL_ROW,
     WORKSPACE,
     WRITE_ROW,
     WRITER,
@@ -269,8 +273,8 @@ def sweep_useless(g, s):
 
 
 @njit(cache=True)
-def first_runs_in_order(g, s, i):
-    """Whether op i's first run keeps its order with the ops it must follow and those that must follow it."""
+def runs_in_order(g, s, i):
+    """Whether op i keeps its order with the ops it must follow and those that must follow it."""
     if s[FIRST, i] == NONE:
         return False
     key = s[KEY, s[FIRST, i]]
@@ -282,7 +286,24 @@ def first_runs_in_order(g, s, i):
         j = s[FIRST, g[BEFORE, k]]
         if j == NONE or s[KEY, j] < key:
             return False
+    for k in range(g[FINAL_ROW, i], g[FINAL_ROW, i + 1]):
+        if last_key(s, g[FINAL, k]) > key:
+            return False
+    if g[UNTIL_ROW, i] < g[UNTIL_ROW, i + 1]:
+        key = last_key(s, i)
+        for k in range(g[UNTIL_ROW, i], g[UNTIL_ROW, i + 1]):
+            if s[KEY, s[FIRST, g[UNTIL, k]]] < key:
+                return False
     return True
+
+
+@njit(cache=True)
+def last_key(s, i):
+    """Where op i runs last."""
+    run = s[FIRST, i]
+    while s[NEXT, run] != NONE:
+        run = s[NEXT, run]
+    return s[KEY, run]
 
 
 @njit(cache=True)
@@ -324,11 +345,11 @@ def weigh(g, duration, s):
     added = 0.0
     for k in range(s[N, N_INSERTED]):
         added += duration[s[OP, s[INSERTED, k]]]
-        if s[N, BROKEN] == 0 and not first_runs_in_order(g, s, s[OP, s[INSERTED, k]]):
+        if s[N, BROKEN] == 0 and not runs_in_order(g, s, s[OP, s[INSERTED, k]]):
             s[N, BROKEN] = 1
     for k in range(s[N, N_REMOVED]):
         added -= duration[s[OP, s[REMOVED, k]]]
-        if s[N, BROKEN] == 0 and not first_runs_in_order(g, s, s[OP, s[REMOVED, k]]):
+        if s[N, BROKEN] == 0 and not runs_in_order(g, s, s[OP, s[REMOVED, k]]):
             s[N, BROKEN] = 1
     if s[N, BROKEN] == 0:
         for k in range(s[N, N_TOUCHED]):
