@@ -85,7 +85,7 @@ def analyze(
     notes = (
         () if len(graphs) == 1 else (f"{len(graphs)} graphs (graph breaks); shown is the one with the largest peak",)
     )
-    before = realise(main.built, stored_plan(main.problem)).lowered.program
+    before = realise(main.built, stored_plan(main.problem), settings).lowered.program
     shown = main.lowered.program if memory_budget is not None else before
     return Analysis.of(
         _with_optimizer(shown, states),

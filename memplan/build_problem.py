@@ -27,7 +27,7 @@ from memplan.capture import (
     tensors,
 )
 from memplan.cost import Cost, CostModel
-from memplan.problem import Buffer, Category, Op, Phase, Problem
+from memplan.problem import Buffer, Category, Op, Phase, Problem, Tier
 from memplan.runtime.random import draw, rng_state
 
 OP = "memplan_op"  # node meta: index of the op whose run makes the node's value
@@ -65,15 +65,20 @@ class BuiltProblem:
         return {node: i for i, nodes in enumerate(self.nodes) for node in nodes}
 
 
-def build_problem(capture: Capture, cost: CostModel, granularity: int, meanwhile: int = 0) -> BuiltProblem:
+def build_problem(
+    capture: Capture, cost: CostModel, granularity: int, meanwhile: int = 0, tiers: tuple[Tier, ...] = ()
+) -> BuiltProblem:
     """``granularity``: the multiple of bytes that the device's allocator hands out; ``meanwhile``: bytes that the rest
-    of the model takes between this graph's forward and its backward."""
-    return _Builder(capture, cost, granularity, meanwhile).build()
+    of the model takes between this graph's forward and its backward; ``tiers``: the slower memories it may use."""
+    return _Builder(capture, cost, granularity, meanwhile, tiers).build()
 
 
 class _Builder:
-    def __init__(self, capture: Capture, cost: CostModel, granularity: int, meanwhile: int) -> None:
-        self.capture, self.cost, self.granularity, self.meanwhile = capture, cost, granularity, meanwhile
+    def __init__(
+        self, capture: Capture, cost: CostModel, granularity: int, meanwhile: int, tiers: tuple[Tier, ...]
+    ) -> None:
+        self.capture, self.cost, self.granularity = capture, cost, granularity
+        self.meanwhile, self.tiers = meanwhile, tiers
         self.buffers: list[Buffer] = []
         self.buffer_at: dict[int, int] = {}  # storage key -> buffer
         self.buffer_of: dict[fx.Node, tuple[int, ...]] = {}
@@ -225,6 +230,7 @@ class _Builder:
         )
 
     def _temporaries(self, outputs: set[int]) -> None:
+            tiers=self.tiers,
         """A forward buffer that no backward op reads is a temporary, not a saved activation."""
         saved = {b for op in self.ops if op.phase == Phase.BACKWARD for b in op.reads}
         for b, buffer in enumerate(self.buffers):

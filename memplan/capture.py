@@ -46,6 +46,15 @@ class Capture:
         return [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
 
     @property
+    def device_type(self) -> str:
+        """Where the graph computes: "cuda" if any tensor of it lives there, else "cpu"."""
+        for node in self.graph_module.graph.nodes:
+            for value in tensors(node.meta.get("val")):
+                if value.device.type != "cpu":
+                    return value.device.type
+        return "cpu"
+
+    @property
     def output_node(self) -> fx.Node:
         return next(reversed(self.graph_module.graph.nodes))
 

@@ -25,6 +25,10 @@ class UnsupportedError(MemplanError):
     """A graph memplan cannot plan; the caller runs it unplanned after one warning."""
 
 
+class TierError(MemplanError):
+    """A slower tier failed while a step ran: full, lost, or in another process. The next step starts afresh."""
+
+
 @dataclass(frozen=True)
 class LiveBuffer:
     """One buffer alive at the tightest instant, as an error or a report shows it."""

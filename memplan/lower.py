@@ -10,6 +10,7 @@ from torch import fx
 from memplan import torch_compat
 from memplan.build_problem import BUFFER, OP, RECOMPUTE, TANGENTS, view_source
 from memplan.capture import input_nodes, is_getitem, is_tangent, tensors
+from memplan.passes.offload import MOVE
 from memplan.problem import Buffer, Category, Phase, Problem
 from memplan.program import Program, Step, StepKind, Storage
 
@@ -65,7 +66,8 @@ class _Lowering:
             self._slot(node)
         resident = [s for n in inputs for s in self._stored(n)]
         resident += [s for n in self.nodes if n.op == "get_attr" for s in self._stored(n)]
-        owned = {s for n in inputs if is_tangent(n) or OP not in n.meta for s in self.behind[n].values()}
+        saved = [n for n in inputs if (OP in n.meta or MOVE in n.meta) and not is_tangent(n)]
+        owned = {s for n in inputs if n not in saved for s in self.behind[n].values()}
         owned |= {s for n in self.nodes if n.op == "get_attr" for s in self.behind[n].values()}
         made = {node: self._stored(node) for node in self.nodes if node.op not in ("placeholder", "get_attr")}
         deaths, drops = self._deaths(owned)
@@ -81,7 +83,10 @@ class _Lowering:
                 self._call(at, node, made.get(node, []))
             self._free(deaths[at], drops[at])
         program = Program(
-            tuple(self.storages), tuple(s for s in dict.fromkeys(resident) if s not in tangents), tuple(self.steps)
+            tuple(self.storages),
+            tuple(s for s in dict.fromkeys(resident) if s not in tangents),
+            tuple(self.steps),
+            self.problem.tiers,
         )
         outputs = tuple(self.output.args[0])  # type: ignore[arg-type]
         return Lowered(program, tuple(self.bindings), self.slot_of, len(inputs), outputs)
@@ -117,6 +122,8 @@ class _Lowering:
         op = node.meta.get(OP)
         if op is not None and node.op != "placeholder":
             return _as_storage(self.problem.buffers[self.problem.ops[op].writes[place]])
+        if MOVE in node.meta and node.meta[MOVE].kind == StepKind.OFFLOAD:
+            return Storage(node.name, 0, Category.TEMPORARY)  # a ticket: a number in memory that no allocator counts
         buffer = node.meta.get(BUFFER)
         if buffer is not None:
             return _as_storage(self.problem.buffers[buffer])
@@ -167,7 +174,10 @@ class _Lowering:
         else:
             results = ((-1, self._slot(node)),)
         index = node.meta.get(OP)
-        if index is None or is_getitem(node) or node.op == "get_attr":
+        if MOVE in node.meta:
+            move = node.meta[MOVE]
+            step = Step(move.kind, node.name, phase, reads, tuple(made), tier=move.tier)
+        elif index is None or is_getitem(node) or node.op == "get_attr":
             step = Step(StepKind.VIEW, node.name, phase, reads)
         else:
             op = self.problem.ops[index]

@@ -68,6 +68,11 @@ class Options:
             return None
         return parse_budget(self.memory_budget, unplanned_peak + int(self.reserved)) - int(self.reserved)
 
+    @property
+    def disk_limit(self) -> int | None:
+        """Bytes the disk tier may take; None: what is free."""
+        return None if self.swap_disk_limit is None else parse_bytes(self.swap_disk_limit)
+
     def without_budget(self) -> Options:
         """The same options, free to hold any number of bytes."""
         return replace(self, memory_budget=None)

@@ -12,6 +12,7 @@ from memplan import torch_compat
 from memplan.build_problem import BuiltProblem, build_problem
 from memplan.capture import Capture
 from memplan.cost import CostModel
+from memplan.cost.links import slower_tiers
 from memplan.cost.signature import signature
 from memplan.cost.workspace import unseen
 from memplan.errors import BudgetInfeasibleError, LiveBuffer, PlanError
@@ -19,6 +20,7 @@ from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.outcome import Limits, Status
 from memplan.passes.fuse import Fuse, Fused
+from memplan.passes.offload import Offload
 from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout, place
 from memplan.plans import Plan
@@ -85,7 +87,8 @@ def plan_capture(
 
     Raises BudgetInfeasibleError when no plan fits, PlanError when a solver's plan breaks a rule (a bug).
     """
-    built = build_problem(capture, cost, granularity, elsewhere.meanwhile)
+    tiers = slower_tiers(options, capture.device_type)
+    built = build_problem(capture, cost, granularity, elsewhere.meanwhile, tiers)
     problem = built.problem
     stored = tuple(range(len(problem.ops)))
     unplanned_peak, unplanned_time = check_sequence(problem, stored)
@@ -94,10 +97,11 @@ def plan_capture(
     wanted = None if budget is None else budget - elsewhere.held
     plan = solve(problem, wanted, options, limits)
     plan = replace(plan, unplanned_peak=unplanned_peak, unplanned_time=unplanned_time)
-    planned = realise(built, plan)
+    planned = realise(built, plan, options)
     if options.verify:
         validate(problem, plan)
-    if planned.timeline.peak != plan.peak:
+    # A copy that the forward could already bring back comes with the backward: the peak may then lie below the plan's.
+    if planned.timeline.peak > plan.peak or (planned.timeline.peak != plan.peak and not plan.offloads):
         raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
     if options.fusion_enabled:
         planned = _fused(planned, wanted, options, limits)
@@ -139,7 +143,8 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
         if options.verify:
             validate(planned.problem, plan)
         peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
-        candidate = realise(planned.built, replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time))
+        plan = replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time)
+        candidate = realise(planned.built, plan, options)
         if planned.fused is not None:
             candidate = _contracted(candidate, Fuse(budget, options.lowering))
     log.info("no arena: beside what the caller holds it would not fit the budget")
@@ -160,12 +165,12 @@ def _fused(planned: Planned, budget: int | None, options: Options, limits: Limit
             break
         peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
         plan = replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time)
-        candidate = _contracted(realise(planned.built, plan), trial)
+        candidate = _contracted(realise(planned.built, plan, options), trial)
         if candidate.timeline.peak > budget or candidate.timeline.time >= best.timeline.time:
             break
         best = candidate
     for choice in (best, planned):
-        found = _contracted(realise(choice.built, choice.plan), Fuse(budget, options.lowering))
+        found = _contracted(realise(choice.built, choice.plan, options), Fuse(budget, options.lowering))
         if budget is None or found.timeline.peak <= budget:
             return found
     return found
@@ -228,9 +233,12 @@ def stored_plan(problem: Problem, budget: int | None = None) -> Plan:
     return Plan(sequence, budget, peak, time, bound=problem.total_time, status=Status.OPTIMAL, solver="stored order")
 
 
-def realise(built: BuiltProblem, plan: Plan) -> Planned:
+def realise(built: BuiltProblem, plan: Plan, options: Options) -> Planned:
     """The graph rewritten as the plan says, lowered and replayed."""
     scheduled = Schedule(plan.sequence).apply(built)
+    if plan.offloads:
+        offload = Offload(plan.sequence, plan.offloads, options.swap_directory, options.disk_limit)
+        scheduled = offload.apply(built, scheduled)
     lowered = lower(scheduled.graph_module, built.problem, scheduled.forward_nodes)
     return Planned(built, plan, scheduled, lowered, simulate(lowered.program))
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from memplan.problem import SCHEMA_VERSION, Category, Phase, read_schema
+from memplan.problem import SCHEMA_VERSION, Category, Phase, Tier, read_schema
 
 
 class StepKind(StrEnum):
@@ -16,6 +16,9 @@ class StepKind(StrEnum):
     RUN = "run"  # run a kernel: takes ``makes`` and, while it runs, ``workspace``
     VIEW = "view"  # look at a storage another way, or read a size: no bytes, no time
     FREE = "free"  # give up storages
+    OFFLOAD = "offload"  # start to copy ``reads[0]`` to ``tier``; makes the ticket that stands for it there
+    PREFETCH = "prefetch"  # take memory for the copy behind the ticket ``reads[0]`` and start to bring it back
+    WAIT = "wait"  # until the last transfer of the ticket ``reads[0]`` has ended
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,18 @@ class Step:
     workspace: int = 0  # bytes
     time: float = 0.0  # microseconds
     recompute: bool = False  # a repeated run of an op that ran before
+    tier: str = ""  # of a transfer
 
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in execution order. ``resident`` storages are held before the first step and after the last."""
+    """Steps in execution order. ``resident`` storages are held before the first step and after the last; ``tiers``:
+    what transfers to and from each slower memory cost."""
 
     storages: tuple[Storage, ...]
     resident: tuple[int, ...]
     steps: tuple[Step, ...]
+    tiers: tuple[Tier, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "program", **asdict(self)}, indent=1)
@@ -69,6 +75,7 @@ class Program:
                 )
                 for s in data["steps"]
             ),
+            tiers=tuple(Tier(**tier) for tier in data.get("tiers", ())),
         )
 
     def save(self, path: str | Path) -> None:
@@ -84,5 +91,5 @@ class Program:
             made = " ".join(f"%{s}:{self.storages[s].size}" for s in step.makes)
             read = " ".join(f"%{s}" for s in (*step.reads, *step.frees))
             again = " again" if step.recompute else ""
-            lines.append(f"{at:>5} {step.phase[:1]} {step.kind:<5} {step.name}({read}) -> {made or '-'}{again}")
+            lines.append(f"{at:>5} {step.phase[:1]} {step.kind:<8} {step.name}({read}) -> {made or '-'}{again}")
         return "\n".join(lines)

@@ -7,21 +7,74 @@ times of three sizes.
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache as once
 from pathlib import Path
 
 from memplan.cost.cache import Cache
 from memplan.devices import Link
+from memplan.errors import OptionError
+from memplan.options import Options
+from memplan.problem import Tier
+from memplan.units import parse_bytes
+
+log = logging.getLogger("memplan")
 
 # From where latency rules to where the rate does; small enough to leave a slow disk after a few seconds.
 _SIZES = (256 * 1024, 4 * 1024**2, 32 * 1024**2)
 _REPETITIONS = 3
+
+
+def slower_tiers(options: Options, device_type: str) -> tuple[Tier, ...]:
+    """The tiers that ``swap.tiers`` asks for, as they are here: rates a microsecond, room at this instant.
+
+    The host is a tier only of a device that is not the host. Raises OptionError for an unknown tier and for a directory
+    in which no file can be made.
+    """
+    if not options.swap_enabled:
+        return ()
+    found = []
+    for name in dict.fromkeys(part.strip() for part in options.swap_tiers.split(",")):
+        if name == "disk":
+            found.append(_disk_tier(options))
+        elif name == "host" and device_type != "cpu":
+            found.append(_tier("host", host_link(), _free_memory(), options.swap_host_limit))
+        elif name == "host" and options.swap_tiers != Options.swap_tiers:
+            _say_no_host()
+        elif name not in ("", "host"):
+            raise OptionError(f"unknown tier {name!r} in swap.tiers; there are 'host' and 'disk'")
+    return tuple(found)
+
+
+def _disk_tier(options: Options) -> Tier:
+    directory = options.swap_directory or tempfile.gettempdir()
+    try:
+        link, free = disk_link(directory, direct=True), shutil.disk_usage(directory).free
+    except OSError as error:
+        raise OptionError(f"swap.directory {directory}: {error.strerror}") from error
+    return _tier("disk", link, free, options.swap_disk_limit)
+
+
+def _tier(name: str, link: Link, free: int, limit: int | str | None) -> Tier:
+    capacity = free if limit is None else min(free, parse_bytes(limit))
+    return Tier(name, capacity, link.write / 1e6, link.read / 1e6, link.latency)
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+@once
+def _say_no_host() -> None:
+    log.warning("swap.tiers names the host, which is no tier of a CPU device: its memory is what the budget bounds")
 
 
 def disk_link(directory: str | Path, *, direct: bool = False, cache: Cache | None = None) -> Link:

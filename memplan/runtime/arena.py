@@ -29,6 +29,8 @@ Call = Callable[[list[Any]], Any]
 
 _BEYOND = 1 << 48  # offsets from here on stand for a workspace of any size, while its size is being found
 
+_ALLOCATE = (StepKind.RUN, StepKind.PREFETCH)  # steps whose allocations have planned places
+
 _IDLE, _KEPT, _PENDING = 0, 1, 2  # states of an arena, as arena.cpp counts them; 3: a thread runs in it
 
 
@@ -80,7 +82,7 @@ class Pool:
         self.program = program
         self._resident = sum(program.storages[s].size for s in program.resident)
         self._beyond = layout.height + layout.outside
-        self._planned = {step.name: at for at, step in enumerate(program.steps) if step.kind == StepKind.RUN}
+        self._planned = {step.name: at for at, step in enumerate(program.steps) if step.kind in _ALLOCATE}
         self._parts = self._waiting = parts  # scripts, and those still to be recorded
         self._scripts: list[Script] = []  # recorded ones, until all are
         self._pending = False  # while recording: a forward has run, its backward has not
@@ -243,7 +245,7 @@ class Script:
         self._library = library
         self._pool = pool
         self._steps = program.steps
-        self._kernels = tuple(at if step.kind == StepKind.RUN else -1 for at, step in enumerate(program.steps))
+        self._kernels = tuple(at if step.kind in _ALLOCATE else -1 for at, step in enumerate(program.steps))
         self._begins = begins
         self._known = False
         self._kernels_seen: dict[int, _Kernel] = {}

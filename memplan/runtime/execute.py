@@ -32,11 +32,15 @@ class Executable:
     def __call__(self, args: list[Any]) -> list[Any]:
         slots: Slots = [*args, *[None] * (self._slots - self._inputs)]
         args.clear()
-        if self._script is not None:
-            self._script.run(self._calls, slots)
-        else:
-            for call in self._calls:
-                call(slots)
+        try:
+            if self._script is not None:
+                self._script.run(self._calls, slots)
+            else:
+                for call in self._calls:
+                    call(slots)
+        except BaseException:
+            slots.clear()  # or the traceback would hold all that the step held
+            raise
         return [slots[slot] if slot >= 0 else constant for slot, constant in self._outputs]
 
 

@@ -1,0 +1,249 @@
+"""Send copies to slower tiers and bring them back, as the plan says: one call each for start and end of a transfer.
+
+The graph keeps the plan's order; readers after a stay read the copy that came back, and views of it are made anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from memplan import torch_compat
+from memplan.build_problem import BUFFER, OP, RECOMPUTE, TANGENTS, BuiltProblem, view_source
+from memplan.capture import input_nodes, is_getitem, tensors
+from memplan.errors import UnsupportedError
+from memplan.outcome import Limits
+from memplan.passes.schedule import Scheduled
+from memplan.plans import Offload as Stay
+from memplan.program import StepKind
+from memplan.runtime import tiers
+from memplan.runtime.space import ALIGNMENT, aligned
+from memplan.solvers.placement import PlacementProblem, solve_placement
+
+MOVE = "memplan_move"  # node meta: the Move of a node that transfers, and runs no kernel
+_STORE = "memplan_store"  # node meta: keeps the store alive whose number is among the node's arguments
+_WORK = 0.1  # of the placement's default effort: a tier has room to spare
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a transfer's node is in the Program."""
+
+    kind: StepKind
+    tier: str
+
+
+@dataclass(frozen=True)
+class Offload:
+    """``stays``: the plan's, by positions of its ``sequence``. ``directory``, ``limit`` (bytes): the disk tier's."""
+
+    name: ClassVar[str] = "offload"
+    sequence: Sequence[int]
+    stays: Sequence[Stay]
+    directory: str | None = None
+    limit: int | None = None
+
+    def apply(self, built: BuiltProblem, scheduled: Scheduled) -> Scheduled:
+        """Raises UnsupportedError where a copy cannot be replaced in its readers."""
+        places = _Places(self.stays, built, self.directory, self.limit)
+        actions = _Actions(self, built, scheduled)
+        return _Writer(self.stays, actions, scheduled, places).write()
+
+
+class _Actions:
+    """Where in the scheduled graph each stay's transfers start and end."""
+
+    def __init__(self, offload: Offload, built: BuiltProblem, scheduled: Scheduled) -> None:
+        self.nodes = list(scheduled.graph_module.graph.nodes)[:-1]
+        self.boundary = scheduled.forward_nodes
+        names = [built.problem.ops[op].name for op in offload.sequence]
+        self.handover = names.index(TANGENTS) if TANGENTS in names else len(names)
+        kernels = [at for at, n in enumerate(self.nodes) if _is_kernel(n)]
+        runs = [p for p in range(len(names)) if p != self.handover]
+        self.kernel_at = dict(zip(runs, kernels, strict=True))  # position -> index of its node
+        found = [a for k, stay in enumerate(offload.stays) for a in self._of(k, stay, len(names))]
+        self.before: dict[int, list[tuple[str, int]]] = defaultdict(list)  # index -> (what, stay), forward's part
+        self.after: dict[int, list[tuple[str, int]]] = defaultdict(list)  # the same, behind the boundary
+        for _, _, k, what, index, late in sorted(found):
+            (self.after if late else self.before)[index].append((what, k))
+
+    def _of(self, k: int, stay: Stay, end: int) -> list[tuple[int, int, int, str, int, bool]]:
+        """(position, rank at it, stay, what, index, behind the boundary). A copy that is read in the backward starts to
+        come back there, for what crosses from the forward must be whole."""
+        found = []
+        times = {"start_out": stay.out_from, "end_out": stay.out_until}
+        if stay.in_from < end:
+            times |= {"start_in": stay.in_from, "end_in": stay.in_until}
+            if stay.in_from <= self.handover < stay.in_until:
+                times["start_in"] = self.handover + 1
+        for rank, (what, position) in enumerate(times.items()):
+            found.append((position, rank, k, what, *self._index(position)))
+        return found
+
+    def _index(self, position: int) -> tuple[int, bool]:
+        """The node before which the transfers of a position stand: behind the run before it and its results."""
+        if position == 0:
+            return next((at for at, n in enumerate(self.nodes) if n.op != "placeholder"), len(self.nodes)), False
+        if position - 1 == self.handover:
+            return self.boundary, True
+        at = self.kernel_at[position - 1] + 1
+        kernel = self.nodes[at - 1]
+        while at < len(self.nodes) and is_getitem(self.nodes[at]) and self.nodes[at].args[0] is kernel:
+            at += 1
+        return at, at >= self.boundary and position > self.handover
+
+
+class _Places:
+    """The stores of the tiers, and which place in its store each stay's copy has."""
+
+    def __init__(self, stays: Sequence[Stay], built: BuiltProblem, directory: str | None, limit: int | None) -> None:
+        lives: dict[str, dict[tuple[int, int], list[int]]] = defaultdict(dict)
+        for stay in stays:
+            end = stay.in_until + 1
+            life = lives[stay.tier].setdefault((stay.buffer, stay.made_at), [stay.out_from, end])
+            life[1] = max(life[1], end)
+        self.site: dict[tuple[str, int, int], int] = {}
+        self.store: dict[str, tiers.Store] = {}
+        for tier, copies in lives.items():
+            sizes = [aligned(built.problem.buffers[b].size) for b, _ in copies]
+            lower, upper = zip(*copies.values())
+            problem = PlacementProblem(lower, upper, tuple(sizes), ALIGNMENT)
+            placement = solve_placement(problem, limits=Limits(work=_WORK))
+            sites = list(zip(placement.offsets, sizes, strict=True))
+            self.store[tier] = tiers.Store(sites, placement.height, directory, limit)
+            self.site |= {(tier, *copy): k for k, copy in enumerate(copies)}
+
+
+class _Writer:
+    """Copies the scheduled graph node by node, with the transfers between its runs."""
+
+    def __init__(self, stays: Sequence[Stay], actions: _Actions, scheduled: Scheduled, places: _Places) -> None:
+        self.stays, self.actions, self.scheduled, self.places = stays, actions, scheduled, places
+        self.new = fx.Graph()
+        self.now: dict[fx.Node, fx.Node] = {}  # scheduled node -> the node that has its value from here on
+        self.tickets: dict[tuple[int, int, str], fx.Node] = {}  # (buffer, made at, tier)
+        self.back: dict[int, fx.Node] = {}  # stay -> its copy on the way back
+        self.holder = [self._holder(stay) for stay in stays]
+        self.aliases = _aliases(actions.nodes)
+
+    def write(self) -> Scheduled:
+        forward_nodes = -1
+        nodes = self.actions.nodes
+        for at in range(len(nodes) + 1):
+            self._run(self.actions.before[at])
+            if at == self.scheduled.forward_nodes:
+                forward_nodes = len(self.new.nodes)
+            self._run(self.actions.after[at])
+            if at < len(nodes):
+                self._copy(nodes[at])
+        output = next(reversed(self.scheduled.graph_module.graph.nodes))
+        out = self.new.output(fx.node.map_arg(output.args[0], self._resolve))
+        out.meta = copy.copy(output.meta)
+        return Scheduled(fx.GraphModule(self.scheduled.graph_module, self.new), forward_nodes)
+
+    def _run(self, actions: Sequence[tuple[str, int]]) -> None:
+        for what, k in actions:
+            getattr(self, f"_{what}")(k, self.stays[k])
+
+    def _start_out(self, k: int, stay: Stay) -> None:
+        key = (stay.buffer, stay.made_at, stay.tier)
+        if key in self.tickets and stay.out_from == stay.out_until:
+            return  # the tier has it already
+        source = self.now[self.holder[k]]
+        store = self.places.store[stay.tier]
+        site = self.places.site[stay.tier, stay.buffer, stay.made_at]
+        ticket = self._move(tiers.offload, (source, store.number, site), StepKind.OFFLOAD, stay.tier)
+        ticket.meta |= {"val": source.meta["val"].new_empty(1, dtype=torch.int64, device="cpu"), _STORE: store}
+        self.tickets[key] = ticket
+
+    def _end_out(self, k: int, stay: Stay) -> None:
+        self._move(tiers.written, (self._ticket(stay), self.now[self.holder[k]]), StepKind.WAIT, stay.tier)
+
+    def _start_in(self, k: int, stay: Stay) -> None:
+        holder = self.holder[k]
+        back = self._move(tiers.prefetch, (self._ticket(stay),), StepKind.PREFETCH, stay.tier)
+        back.meta |= {key: value for key, value in holder.meta.items() if key not in (OP, RECOMPUTE, MOVE)}
+        self.back[k] = back
+
+    def _end_in(self, k: int, stay: Stay) -> None:
+        self._move(tiers.wait, (self._ticket(stay), self.back[k]), StepKind.WAIT, stay.tier)
+        for node in self.aliases[self.holder[k]]:
+            self.now.pop(node, None)
+        self.now[self.holder[k]] = self.back.pop(k)
+
+    def _ticket(self, stay: Stay) -> fx.Node:
+        return self.tickets[stay.buffer, stay.made_at, stay.tier]
+
+    def _move(self, call: Callable[..., Any], args: tuple[Any, ...], kind: StepKind, tier: str) -> fx.Node:
+        node = self.new.call_function(call, args)
+        node.meta[MOVE] = Move(kind, tier)
+        return node
+
+    def _holder(self, stay: Stay) -> fx.Node:
+        """The scheduled node whose value is the copy: the kernel of its run, or a getitem of it."""
+        nodes = self.actions.nodes
+        kernel = nodes[self.actions.kernel_at[stay.made_at]]
+        values = [n for n in (kernel, *kernel.users) if n is kernel or is_getitem(n)]
+        found = [n for n in values if isinstance(n.meta.get("val"), torch.Tensor) and n.meta.get(BUFFER) == stay.buffer]
+        if len(found) != 1:
+            raise UnsupportedError(f"{kernel.name}: {len(found)} values that share a storage to offload")
+        return found[0]
+
+    def _resolve(self, node: fx.Node) -> fx.Node:
+        """The node that has a value from here on; views of a copy that came back are made anew."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            missing = [a for a in input_nodes(top) if a not in self.now] if top not in self.now else []
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if top not in self.now:
+                if top.op != "call_function" or OP in top.meta:
+                    raise UnsupportedError(f"{top.name}: a second value of a storage that was offloaded")
+                self._copy(top)
+        return self.now[node]
+
+    def _copy(self, node: fx.Node) -> None:
+        for operand in input_nodes(node):
+            self._resolve(operand)
+        self.now[node] = self.new.node_copy(node, lambda n: self.now[n])
+
+
+def _is_kernel(node: fx.Node) -> bool:
+    return node.op == "call_function" and OP in node.meta and not is_getitem(node)
+
+
+def _aliases(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
+    """For each node that holds a storage first, the other nodes whose values look at it."""
+    behind: dict[fx.Node, dict[int, fx.Node]] = {}
+    found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        known = {k: holder for a in input_nodes(node) for k, holder in behind[a].items()}
+        source = view_source(node)
+        seen = behind[node] = {}
+        for tensor in tensors(node.meta.get("val")):
+            key = torch_compat.storage_key(tensor)
+            if key in known and not (is_getitem(node) and known[key] is node.args[0]):
+                seen[key] = known[key]
+            elif source is not None:
+                seen[key] = next(iter(behind[source].values()))
+            else:
+                seen[key] = node
+        for holder in dict.fromkeys(seen.values()):
+            if holder is not node:
+                found[holder].append(node)
+    return found
+
+
+def stores(graph_module: fx.GraphModule) -> dict[str, tiers.Store]:
+    """The stores that an offloaded graph uses, by tier."""
+    moves = [n for n in graph_module.graph.nodes if _STORE in n.meta]
+    return {n.meta[MOVE].tier: n.meta[_STORE] for n in moves}
