@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -145,11 +145,16 @@ class Bench:
 
     def record(self, model: Model, key: str, contender: str | None = None, budget: int | None = None) -> Record:
         """The record kept under ``key``; measured when absent, forced, failed, or of another budget in bytes."""
+        job = Job(model, contender or key, self.pairs, self.threads)
+        return self.keep(model, key, lambda: measure(job), budget)
+
+    def keep(self, model: Model, key: str, make: Callable[[], Record], budget: int | None = None) -> Record:
+        """The same for a record that ``make`` measures."""
         known = self.results.get(model, key)
         if known is not None and not self.force and "failure" not in known and known.get("budget") == budget:
             return known
         task = self._progress.add_task(f"{model}  {key}")
-        record = measure(Job(model, contender or key, self.pairs, self.threads))
+        record = make()
         if budget is not None:
             record["budget"] = budget
         self._progress.remove_task(task)
@@ -160,6 +165,6 @@ class Bench:
 
 def _brief(record: Record) -> str:
     if "peak" not in record:
-        return str(record.get("failure") or record["infeasible"])
+        return str(record.get("failure") or record.get("infeasible", record))
     ratio = time_ratio(record)
     return f"{record['peak'] / 1e6:.1f} MB" + (f", {ratio:.3f} of eager's time" if ratio else "")
