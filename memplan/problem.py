@@ -24,7 +24,8 @@ The rules that every solver, the simulator and the validator share:
 * A tier's two engines each serve one transfer at a time, in order of the positions they start before; of one position
   first what is waited for first, then in the plan's order. A transfer takes ``latency + bytes / rate``; a copy-in
   starts once its copy-out has ended. A tier that already has the contents (an earlier offload of the copy, or its home;
-  unchanged since) takes no second copy-out: ``out_from == out_until``. A plan's time is the end of its last run and of
+  unchanged since) takes no second copy-out: ``out_from == out_until``. To one that has not, such an offload copies at
+  once, the step waiting: so goes home what the last run changed. A plan's time is the end of its last run and of
   the waits after it.
 * A forward output is on the device from the begin of backward on, other outputs are at the end, and a resident buffer
   without a home always is: the caller holds them.

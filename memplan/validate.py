@@ -179,11 +179,7 @@ def _check_stays(
             raise PlanError(f"{buffer.name} is brought back at {stay.in_until} for nothing")
         if stay.tier in there and stay.out_from != stay.out_until:
             raise PlanError(f"{buffer.name} is copied to {stay.tier}, which has it")
-        if stay.tier not in there:
-            if stay.out_from == stay.out_until:
-                raise PlanError(f"{buffer.name} is not on {stay.tier}, and has no time to be copied there")
-            there[stay.tier] = stay
-        source[stay] = there[stay.tier]
+        source[stay] = there.setdefault(stay.tier, stay)
         held_by = source[stay]
         if held_by is not None:
             last_read[held_by] = stay.in_until
@@ -227,7 +223,7 @@ def _time(
     starts_in: list[list[Offload]] = [[] for _ in range(end + 1)]
     ends_in: list[list[Offload]] = [[] for _ in range(end + 1)]
     for stay in offloads:
-        if stay.out_from < stay.out_until:
+        if source[stay] == stay:
             starts_out[stay.out_from].append(stay)
             ends_out[stay.out_until].append(stay)
         if not _for_good(problem, stay, end):
