@@ -13,6 +13,7 @@ _HOME = {
     "Plan": "memplan.plans",
     "Program": "memplan.program",
     "plan": "memplan.api",
+    "compile_step": "memplan.step",
     "analyze": "memplan.api",
     "recent_plans": "memplan.backend",
     "MemplanError": "memplan.errors",
@@ -27,6 +28,7 @@ __all__ = [
     "Program",
     "__version__",
     "analyze",
+    "compile_step",
     "plan",
     "recent_plans",
 ]

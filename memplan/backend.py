@@ -39,6 +39,11 @@ def recent_plans() -> tuple[Planned, ...]:
     return tuple(_recent)
 
 
+def remember(planned: Planned) -> None:
+    """Add to :func:`recent_plans`."""
+    _recent.append(planned)
+
+
 def memplan(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -57,7 +62,7 @@ def memplan(
             return compile_one(settings, NOTHING)[0]
         return Piece(_models.of(options, settings), compile_one)
     except MemplanError as error:
-        return _raising(error)
+        return raising(error)
 
 
 def compile_with(
@@ -74,11 +79,11 @@ def compile_with(
     )
     run = backend(graph_module, example_inputs)
     if graph.planned is not None:
-        _recent.append(graph.planned)
+        remember(graph.planned)
     return run, graph.planned
 
 
-def _raising(error: MemplanError) -> Callable[..., Any]:
+def raising(error: MemplanError) -> Callable[..., Any]:
     """Raised at the call: dynamo would wrap what a backend raises while it compiles in an error of its own."""
 
     def refuse(*_: Any) -> Any:
@@ -140,7 +145,7 @@ class _Graph:
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
         self.planned = plan_capture(capture, self.options, cost, profile.granularity, self.elsewhere, self.progress)
-        self.pool = _pool(self.planned) if device == "cpu" else None
+        self.pool = pool_of(self.planned) if device == "cpu" else None
         return self.planned
 
     def _lower(self, graph_module: fx.GraphModule, inputs: Sequence[Any], forward_nodes: int) -> Callable[..., Any]:
@@ -153,7 +158,7 @@ class _Graph:
         return None if self.pool is None else Script(self.pool, lowered.program, begins)
 
 
-def _pool(planned: Planned) -> Pool | None:
+def pool_of(planned: Planned) -> Pool | None:
     """The arenas of a plan that has a layout, where torch's allocator can be led."""
     if planned.layout is None or native.library() is None:
         return None

@@ -33,6 +33,7 @@ from memplan.runtime.random import draw, rng_state
 OP = "memplan_op"  # node meta: index of the op whose run makes the node's value
 BUFFER = "memplan_buffer"  # node meta: the first buffer behind a node's value
 RECOMPUTE = "memplan_recompute"  # node meta: True on a run that is not the op's first
+CATEGORY = "memplan_category"  # node meta: what the value is to the user, where the graph does not tell
 PHASE = "memplan_phase"  # node meta: Phase.OPTIMIZER on what updates a parameter
 TANGENTS = "tangents"  # name of the op at which the caller hands the output's gradients to the backward
 
@@ -184,6 +185,8 @@ class _Builder:
         assert isinstance(source, fx.Node)
         keys = [torch_compat.storage_key(t) for t in tensors(node.meta.get("val"))]
         self.buffer_of[node] = tuple(self.buffer_at[k] for k in keys if k in self.buffer_at)
+        for b in self.buffer_of[node] if CATEGORY in node.meta else ():
+            self.buffers[b] = replace(self.buffers[b], category=node.meta[CATEGORY])
         owner = next((i for i in range(len(self.nodes) - 1, -1, -1) if source in self.nodes[i]), None)
         if owner is not None:
             self.nodes[owner] = (*self.nodes[owner], node)
@@ -209,7 +212,7 @@ class _Builder:
         return node.meta.get(PHASE, Phase.BACKWARD if node in self.backward else Phase.FORWARD)
 
     def _category(self, node: fx.Node) -> Category:
-        return Category.TEMPORARY if node in self.backward else Category.ACTIVATION
+        return node.meta.get(CATEGORY, Category.TEMPORARY if node in self.backward else Category.ACTIVATION)
 
     def _problem(self) -> Problem:
         outputs = self.capture.outputs

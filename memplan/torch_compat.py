@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import with_effects
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 
 __all__ = [
     "BackendCompilerFailed",
+    "FailOnRecompileLimitHit",
     "FakeTensor",
     "FakeTensorMode",
     "TracingContext",
+    "Unsupported",
     "aot_backend",
     "default_partition",
     "detect_fake_mode",
@@ -239,3 +241,35 @@ def dynamo_source(node: fx.Node) -> str:
 def clear_blas_workspaces() -> None:
     """Give back what cuBLAS holds for each thread and stream; it takes it again when it next runs."""
     torch._C._cuda_clearCublasWorkspaces()
+
+
+class _Traced(Exception):
+    """Carries the joint graph out of AOTAutograd, which would go on to compile it."""
+
+    def __init__(self, joint: fx.GraphModule, forward_outputs: int) -> None:
+        self.joint, self.forward_outputs = joint, forward_outputs
+
+
+def joint_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, int] | None:
+    """Forward and backward of one of dynamo's graphs, and how many results the forward has; None where nothing in it
+    needs a gradient."""
+
+    def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
+        raise _Traced(joint, num_fwd_outputs)
+
+    backend = aot_backend(forward=unplanned, backward=unplanned, inference=unplanned, partition=partition)
+    try:
+        backend(graph_module, inputs)
+    except _Traced as traced:
+        return traced.joint, traced.forward_outputs
+    return None
+
+
+def without_autocast() -> Any:
+    """A captured graph holds autocast's casts already."""
+    return torch._C._DisableAutocast()
+
+
+def count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Tell learning-rate schedulers, which warn otherwise, that the optimizer made a step."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,0 +1,226 @@
+"""``step = memplan.compile_step(model, loss_fn, optimizer, memory_budget="4GiB")``; ``loss = step(*args, **kwargs)``."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from memplan import torch_compat
+from memplan.backend import device_type, graph_inputs, memplan, pool_of, primal_inputs, raising, remember
+from memplan.capture import Input, check_supported, is_tangent
+from memplan.cost import cost_model
+from memplan.devices import profile_for
+from memplan.errors import InputError, MemplanError, OptionError, UnsupportedError
+from memplan.options import Options
+from memplan.passes.normalise import Normalise
+from memplan.planner import Planned, plan_capture
+from memplan.runtime.arena import Script
+from memplan.runtime.execute import Executable
+from memplan.step.capture import StepCapture, Trained, whole_step
+from memplan.step.update import updates_of
+
+log = logging.getLogger("memplan")
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def compile_step(
+    model: torch.nn.Module,
+    loss_fn: Loss | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    memory_budget: int | str | None = None,
+    max_grad_norm: float | None = None,
+    **options: Any,
+) -> Step:
+    """One call for forward, backward and the optimizer's update, all inside ``memory_budget``.
+
+    ``step(*args, **kwargs)`` returns the detached loss. With a ``loss_fn`` the last positional argument is what the
+    output is compared with: ``loss_fn(model(*args[:-1], **kwargs), args[-1])``. With None the model returns its loss:
+    a scalar, or an object or a mapping with a ``loss``. ``max_grad_norm``: clip the gradients to this 2-norm; their norm
+    before is ``step.gradient_norm`` after each step.
+
+    ``memory_budget`` (bytes, "4GiB", or "60%" of the unplanned peak) bounds parameters, optimizer state, inputs and
+    everything between. Each update runs once its gradient is final and nobody reads the old parameter any more, and the
+    gradient dies there; with clipping all gradients must exist at once. SGD, Adam and AdamW of torch.optim are traced in
+    their ``foreach=False`` form and give its bits; learning rate and every other number of a parameter group are read at
+    each step, the state is the optimizer's own. Any other optimizer, a model with graph breaks, and hooks run as usual
+    behind a planned forward and backward, with one warning; the optimizer's state then stands outside the budget.
+
+    Gradients do not outlive the step: ``.grad`` stays None, and parameters that the optimizer does not have get none. To
+    accumulate gradients over batches, call the backend and the optimizer yourself. Other shapes, modes or flags are
+    planned at their first call. An error in the middle of a step leaves some parameters updated and others not.
+
+    Raises OptionError and InputError at once; BudgetInfeasibleError at the first call.
+    """
+    given = dict(options) | {"memory_budget": memory_budget}
+    settings = Options.resolve(given)
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InputError(f"loss_fn must be a function of output and target, or None; got {type(loss_fn).__name__}")
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise OptionError(f"max_grad_norm must be positive, not {max_grad_norm}")
+    return Step(model, loss_fn, optimizer, given, settings, max_grad_norm)
+
+
+class Step:
+    """A compiled training step. ``planned``: the plan of the shapes captured last; None before, and without one."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: Loss | None,
+        optimizer: torch.optim.Optimizer,
+        given: Mapping[str, Any],
+        options: Options,
+        max_norm: float | None,
+    ) -> None:
+        self.planned: Planned | None = None
+        self.gradient_norm: torch.Tensor | None = None
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._given, self._options, self._max_norm = given, options, max_norm
+        self._form: object = None  # of the optimizer, that ``_whole`` was captured with
+        self._whole: Callable[..., torch.Tensor] = self._fresh()
+        self._usual: Callable[..., torch.Tensor] | None = None  # the loss alone, where the whole step cannot be traced
+        self._names = _names(model, loss_fn)
+        self._check_parameters()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._loss_fn is not None and not args:
+            raise InputError("with a loss_fn the last positional argument is the target; there is none")
+        if self._usual is None:
+            try:
+                return self._in_one(args, kwargs)
+            except (UnsupportedError, torch_compat.Unsupported) as reason:
+                log.warning("memplan plans forward and backward alone, the optimizer runs as usual: %s", reason)
+                self.planned = None
+                self._usual = self._compiled(memplan, options=self._given)
+        return self._one_after_the_other(self._usual, args, kwargs)
+
+    def _in_one(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        form = [(id(p), index, update) for p, (index, update) in updates_of(self._optimizer).items()]
+        if form != self._form:
+            self._check_parameters()
+            self._form, self._whole = form, self._fresh()
+        if any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"]):
+            raise InputError("a parameter has a gradient already, which this step would ignore; call zero_grad() first")
+        with torch.enable_grad():
+            try:
+                return self._whole(self._model, self._loss_fn, *args, **kwargs)
+            except torch_compat.FailOnRecompileLimitHit:  # forget all shapes met so far
+                self._whole = self._fresh()
+                return self._whole(self._model, self._loss_fn, *args, **kwargs)
+
+    def _one_after_the_other(
+        self, compiled: Callable[..., torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        with torch.enable_grad():
+            loss = compiled(self._model, self._loss_fn, *args, **kwargs)
+            loss.backward()
+        if self._max_norm is not None:
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _fresh(self) -> Callable[..., Any]:
+        return self._compiled(self._capture, fullgraph=True, dynamic=False)
+
+    def _compiled(self, backend: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
+        """The loss compiled, in a code object of its own: dynamo counts shapes, and forgets, by code."""
+        own = types.FunctionType(_loss.__code__.replace(), _loss.__globals__, _loss.__name__)
+        return torch.compile(own, backend=backend, **keywords)
+
+    def _capture(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: its graph computes the loss, what is returned makes a step."""
+        try:
+            step, places = self._trace(graph_module, inputs)
+            profile = profile_for(self._options.target or device_type(step.capture))
+            cost = cost_model(self._options.runtime_estimator, profile)
+            planned = plan_capture(step.capture, self._options, cost, profile.granularity)
+        except MemplanError as error:
+            return raising(error)
+        remember(planned)
+        self.planned = planned
+        pool = pool_of(planned) if profile.kind == "cpu" else None
+        script = None if pool is None else Script(pool, planned.lowered.program, begins=True)
+        executable = Executable(planned.scheduled.graph_module, planned.lowered, script)
+
+        def run(*given: Any) -> tuple[torch.Tensor]:
+            return (self._run(executable, [given[k] for k in places], step.trained),)
+
+        return run
+
+    def _run(self, executable: Executable, args: list[Any], trained: Sequence[Trained]) -> torch.Tensor:
+        groups, states = self._optimizer.param_groups, self._optimizer.state
+        for one in trained:
+            state = states[one.tensor]
+            scalars = one.update.begin(one.tensor, groups[one.group], state)
+            args += [state[name] for name in one.update.states]
+            args += scalars
+        with torch.no_grad(), torch_compat.without_autocast():
+            loss, *norm = executable(args)
+        for one in trained:
+            one.update.end(states[one.tensor])
+        self.gradient_norm = norm[0] if norm else None
+        torch_compat.count_step(self._optimizer)
+        return loss
+
+    def _trace(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[StepCapture, list[int]]:
+        """The whole step as a graph, and which of dynamo's inputs its primals are."""
+        found = torch_compat.joint_graph(graph_module, inputs)
+        if found is None:
+            raise InputError("the loss does not depend on any parameter that requires a gradient")
+        joint, forward_outputs = found
+        check_supported(joint)
+        Normalise().apply(joint)
+        updates = updates_of(self._optimizer)
+        places = _places(joint)
+        trained = {}
+        for k, place in enumerate(places):
+            parameter = inputs[place]
+            if isinstance(parameter, torch.Tensor) and parameter in updates:
+                index, update = updates[parameter]
+                trained[k] = Trained(self._names[parameter], parameter, index, update)
+        kinds = primal_inputs(joint, graph_inputs(graph_module))
+        named = [Input(kind.category, trained[k].name) if k in trained else kind for k, kind in enumerate(kinds)]
+        return whole_step(joint, forward_outputs, named, trained, self._max_norm), places
+
+    def _check_parameters(self) -> None:
+        for index, group in enumerate(self._optimizer.param_groups):
+            for k, parameter in enumerate(group["params"]):
+                if parameter not in self._names:
+                    raise InputError(f"parameter {k} of the optimizer's group {index} is not one of the model's")
+
+
+def _loss(self: torch.nn.Module, loss_fn: Loss | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What dynamo traces; ``self`` is the model, so that sources of its parameters read like those of its methods."""
+    if loss_fn is not None:
+        return loss_fn(self(*args[:-1], **kwargs), args[-1])
+    output = self(*args, **kwargs)
+    if isinstance(output, torch.Tensor):
+        return output
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if loss is None:
+        raise InputError(f"the model returns no loss but a {type(output).__name__}; give a loss_fn")
+    return loss
+
+
+def _names(model: torch.nn.Module, loss_fn: object) -> dict[torch.Tensor, str]:
+    """Every parameter that a step may train, by its path; a loss may have some, too."""
+    modules = [m for m in (loss_fn, model) if isinstance(m, torch.nn.Module)]
+    return {p: name for m in modules for name, p in m.named_parameters()}
+
+
+def _places(joint: fx.GraphModule) -> list[int]:
+    primals = [n for n in joint.graph.nodes if n.op == "placeholder" and not is_tangent(n)]
+    return [getattr(n.meta.get("desc"), "idx", k) for k, n in enumerate(primals)]
