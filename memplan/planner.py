@@ -201,9 +201,12 @@ def _has_symbolic_sizes(capture: Capture) -> bool:
 
 def solve(problem: Problem, budget: int | None, options: Options, limits: Limits) -> Plan:
     """The plan for a budget in bytes; without one, the plan that costs no time. Over budget only when none fits."""
+    from memplan.solvers.offload import solve_offload
     from memplan.solvers.order import solve_order
     from memplan.solvers.recompute import minimise_peak, solve_recompute
 
+    if problem.homed:
+        return _streaming_plan(problem, budget, options, limits)
     if options.objective == "peak":
         return (
             minimise_peak(problem, limits=limits) if options.recompute_enabled else solve_order(problem, limits=limits)
@@ -216,14 +219,35 @@ def solve(problem: Problem, budget: int | None, options: Options, limits: Limits
         return ordered if ordered.peak < stored.peak else stored
     if ordered.peak <= budget:
         return replace(ordered, status=Status.OPTIMAL)
-    if not options.recompute_enabled:
-        return replace(ordered, budget=None)
-    plan = solve_recompute(problem, budget, limits=limits, start=ordered.sequence)
-    if plan.peak <= budget:
+    recompute = options.recompute_enabled
+    if problem.tiers and options.swap_enabled:
+        plan = solve_offload(problem, budget, limits=limits, start=ordered.sequence, recompute=recompute)
+    elif recompute:
+        plan = solve_recompute(problem, budget, limits=limits, start=ordered.sequence)
+    else:
+        plan = replace(ordered, budget=None)
+    if plan.peak <= budget or not recompute:
         return plan
     # From a start that the budget has no part in: the smallest feasible budget an error names is then always feasible.
     lowest = minimise_peak(problem, limits=limits, start=ordered.sequence)
-    return replace(lowest, budget=budget) if lowest.peak <= budget else lowest
+    if lowest.peak <= budget:
+        return replace(lowest, budget=budget)
+    return plan if plan.offloads and plan.peak < lowest.peak else lowest
+
+
+def _streaming_plan(problem: Problem, budget: int | None, options: Options, limits: Limits) -> Plan:
+    """The plan of a problem with homes: what lies on a tier between steps needs its transfers under any budget."""
+    from memplan.solvers.offload import offload_peak_bound, solve_offload, streamed
+    from memplan.solvers.order import solve_order
+
+    goal = budget
+    if options.objective == "peak":
+        goal = offload_peak_bound(problem)
+    elif goal is None:
+        goal = stored_plan(problem).peak
+    ordered = solve_order(streamed(problem), goal=goal, limits=limits)
+    plan = solve_offload(problem, goal, limits=limits, start=ordered.sequence, recompute=options.recompute_enabled)
+    return plan if goal == budget else replace(plan, budget=None)
 
 
 def stored_plan(problem: Problem, budget: int | None = None) -> Plan:

@@ -36,6 +36,16 @@ def parse_budget(budget: str | int, whole: int) -> int:
     return parse_bytes(budget)
 
 
+def parse_rate(text: str) -> float:
+    """``"2GB/s"``, ``"500 MiB/s"`` → bytes a second. Raises OptionError for anything else, a rate of nothing included."""
+    if not text.strip().endswith("/s"):
+        raise OptionError(f"cannot read {text!r} as a rate; write for example '2GB/s'")
+    rate = parse_bytes(text.strip().removesuffix("/s"))
+    if rate == 0:
+        raise OptionError(f"a rate must be positive, not {text!r}")
+    return float(rate)
+
+
 def format_bytes(size: int) -> str:
     """1536 → '1.5 KiB'; for people only."""
     value = float(size)

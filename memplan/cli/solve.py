@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -12,18 +14,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memplan.cli.common import Force, Output, check_output, emit, tell
+from memplan.errors import OptionError
 
 if TYPE_CHECKING:
     from memplan.graph_files import GraphFile
     from memplan.outcome import Limits, Status
     from memplan.plans import Plan
+    from memplan.problem import Tier
     from memplan.solvers.placement import Placement, PlacementProblem
+
+NO_LIMIT = 2**62  # bytes: more than any tier has
 
 solve = typer.Typer(help="Run a solver on an instance file.", no_args_is_help=True)
 
 Seconds = Annotated[float | None, typer.Option("--time-limit", min=0.0, help="Stop after this many seconds.")]
 Work = Annotated[float, typer.Option(min=0.0, help="Effort, as a multiple of the default; repeatable, unlike seconds.")]
 Seed = Annotated[int, typer.Option(help="Seed of the search; equal seeds give equal plans.")]
+Tiers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tier",
+        metavar="NAME:WRITE:READ:LATENCY[:CAPACITY]",
+        help="A slower memory that buffers may be sent to, e.g. disk:2GB/s:2GB/s:100us:8GiB, when the graph's times are "
+        "microseconds; once a tier. Capacity: no limit where left out.",
+    ),
+]
 Graph = Annotated[Path, typer.Argument(metavar="GRAPH.json", help="Node-link graph, joint graph or memplan problem.")]
 
 
@@ -58,24 +73,30 @@ def placement(
 def recompute(
     graph: Graph,
     budget: Annotated[str, typer.Option(help="Bytes, '24GiB', or '80%' of the stored order's peak.")],
+    tier: Tiers = None,
     time_limit: Seconds = None,
     work: Work = 1.0,
     seed: Seed = 0,
     output: Output = None,
     force: Force = False,
 ) -> int:
-    """The cheapest sequence within a budget; ops that stand in it twice are recomputed."""
+    """The cheapest sequence within a budget; ops that stand in it twice are recomputed. With tiers, also offloads."""
     from memplan.graph_files import load_graph
+    from memplan.solvers.offload import solve_offload
     from memplan.solvers.recompute import solve_recompute
     from memplan.units import parse_budget
     from memplan.validate import check_sequence
 
     check_output(output, force)
     file = load_graph(graph)
+    if tier:
+        file = replace(file, problem=replace(file.problem, tiers=tuple(parse_tier(text) for text in tier)))
+        file.problem.check()
     stored_peak, _ = check_sequence(file.problem, tuple(range(len(file.problem.ops))))
     limit = parse_budget(budget, stored_peak)
     with progress("recompute") as say:
-        plan = solve_recompute(file.problem, limit, limits=_limits(work, time_limit, seed, say))
+        solver = solve_offload if file.problem.tiers else solve_recompute
+        plan = solver(file.problem, limit, limits=_limits(work, time_limit, seed, say))
     return _sequence_answer(file, plan, output, "time")
 
 
@@ -97,6 +118,21 @@ def order(
     with progress("order") as say:
         plan = solve_order(file.problem, limits=_limits(work, time_limit, seed, say))
     return _sequence_answer(file, plan, output, "peak")
+
+
+def parse_tier(text: str) -> Tier:
+    """``NAME:WRITE:READ:LATENCY[:CAPACITY]`` with rates a second and a latency in microseconds; OptionError otherwise."""
+    from memplan.problem import Tier
+    from memplan.units import parse_bytes, parse_rate
+
+    name, *values = text.split(":")
+    if not name or len(values) not in (3, 4):
+        raise OptionError(f"cannot read {text!r} as a tier; write for example 'disk:2GB/s:2GB/s:100us:8GiB'")
+    latency = re.fullmatch(r"(\d+(?:\.\d+)?)(?:us)?", values[2])
+    if latency is None:
+        raise OptionError(f"cannot read {values[2]!r} as a latency in microseconds; write for example '100us'")
+    capacity = parse_bytes(values[3]) if len(values) == 4 else NO_LIMIT
+    return Tier(name, capacity, parse_rate(values[0]) / 1e6, parse_rate(values[1]) / 1e6, float(latency[1]))
 
 
 def placement_csv(problem: PlacementProblem, plan: Placement) -> str:
@@ -162,7 +198,7 @@ def _sequence_answer(file: GraphFile, plan: Plan, output: Path | None, minimised
             f"{plan.status}: peak {plan.peak} ({100 * plan.peak / (plan.unplanned_peak or 1):.2f} % of the stored "
             f"order's), time {plan.time:g} (+{100 * (plan.time / (plan.unplanned_time or 1) - 1):.3f} %), "
             f"{minimised} at least {bound:g} ({plan.bound_scope}), gap {100 * gap:.3f} %, "
-            f"{plan.recomputed} recomputations"
+            f"{plan.recomputed} recomputations" + (f", {len(plan.offloads)} offloads" if plan.offloads else "")
         )
         answer = {
             "sequence": file.sequence_ids(plan.sequence),
@@ -178,6 +214,7 @@ def _sequence_answer(file: GraphFile, plan: Plan, output: Path | None, minimised
             "stored_peak": plan.unplanned_peak,
             "stored_time": plan.unplanned_time,
             "solver": plan.solver,
+            "offloads": [asdict(stay) | {"name": file.problem.buffers[stay.buffer].name} for stay in plan.offloads],
         }
         _write(output, json.dumps(answer) + "\n")
     return status_code(plan.status)

@@ -5,7 +5,7 @@
 lower bounds, ``solve`` puts them together.
 """
 
-from memplan.solvers.offload.bound import offload_peak_bound
+from memplan.solvers.offload.bound import offload_peak_bound, streamed
 from memplan.solvers.offload.solve import solve_offload
 
-__all__ = ["offload_peak_bound", "solve_offload"]
+__all__ = ["offload_peak_bound", "solve_offload", "streamed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from samples import mlp_problem
 
 from memplan.cli import run
 from memplan.graph_files import load_graph
-from memplan.validate import check_sequence
+from memplan.plans import Offload
+from memplan.problem import Tier
+from memplan.validate import check_plan, check_sequence
 
 
 @pytest.fixture
@@ -106,3 +109,23 @@ def test_a_public_joint_graph(capsys):
     assert run(["solve", "recompute", str(path), "--budget", "75%", "--time-limit", "5"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["peak"] <= 0.75 * answer["stored_peak"]
+
+
+def test_recompute_with_a_tier_tells_what_is_sent_away(graph, capsys):
+    command = ["solve", "recompute", str(graph), "--budget", "60%", "--tier"]
+    assert run([*command, "disk:100MB/s:0.1GB/s:0.5us:1KiB"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    file = load_graph(graph)
+    problem = replace(file.problem, tiers=(Tier("disk", 1024, 100.0, 100.0, 0.5),))
+    offloads = tuple(Offload(**{k: v for k, v in stay.items() if k != "name"}) for stay in answer["offloads"])
+    found = check_plan(problem, file.sequence_ops(answer["sequence"]), offloads)
+    assert offloads and found == (answer["peak"], pytest.approx(answer["time"]))
+    assert answer["peak"] <= 0.6 * answer["stored_peak"]
+
+
+@pytest.mark.parametrize(
+    "tier", ["disk", "disk:2GB:2GB/s:1us", "disk:2GB/s:0/s:1us", "disk:2GB/s:2GB/s:1s", ":1/s:1/s:1"]
+)
+def test_a_tier_that_cannot_be_read_is_2(graph, tier, capsys):
+    assert run(["solve", "recompute", str(graph), "--budget", "80%", "--tier", tier]) == 2
+    assert "tier" in (found := capsys.readouterr().err) or "rate" in found or "latency" in found
