@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from memplan.codegen.region import Region
-from memplan.codegen.triton_emit import Kernel, KernelPlan
+from memplan.codegen.triton_kernel import Kernel, KernelPlan
 from memplan.codegen.triton_launch import load_module, module_source, write_module
 
 # Bytes of shared memory one block may ask for, by compute capability (CUDA C++ Programming Guide, technical specifications).

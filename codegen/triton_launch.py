@@ -19,7 +19,7 @@ import torch
 from memplan.codegen.compiled import CompiledRegion
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region
-from memplan.codegen.triton_emit import KernelPlan
+from memplan.codegen.triton_kernel import KernelPlan
 from memplan.codegen.triton_model import plans
 from memplan.errors import UnsupportedError
 

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, replace
 
 from memplan.codegen.region import Region
-from memplan.codegen.triton_emit import KernelPlan, Tile, cdiv, emit
+from memplan.codegen.triton_emit import emit
+from memplan.codegen.triton_kernel import KernelPlan, Tile, cdiv
 from memplan.codegen.triton_schedule import Space, build_space, decompose
 from memplan.errors import UnsupportedError
 

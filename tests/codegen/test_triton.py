@@ -14,7 +14,7 @@ import pytest
 
 from memplan.codegen.region import Region
 from memplan.codegen.triton_check import SHARED_LIMIT, compile_for, moved_bytes
-from memplan.codegen.triton_emit import KernelPlan
+from memplan.codegen.triton_kernel import KernelPlan
 from memplan.codegen.triton_launch import module_source, tuned
 from memplan.codegen.triton_model import H100, choose, occupancy, plans, registers
 
