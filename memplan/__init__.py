@@ -16,6 +16,7 @@ _HOME = {
     "compile_step": "memplan.step",
     "analyze": "memplan.api",
     "recent_plans": "memplan.backend",
+    "enable_inductor": "memplan.inductor",
     "MemplanError": "memplan.errors",
     "BudgetInfeasibleError": "memplan.errors",
 }
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "analyze",
     "compile_step",
+    "enable_inductor",
     "plan",
     "recent_plans",
 ]

@@ -21,7 +21,7 @@ from memplan.options import Options
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.normalise import Normalise
 from memplan.passes.split import Split
-from memplan.pieces import Models, Piece
+from memplan.pieces import Model, Models, Piece
 from memplan.planner import NOTHING, Elsewhere, Planned, plan_capture
 from memplan.problem import Category
 from memplan.runtime import native
@@ -31,7 +31,7 @@ from memplan.runtime.execute import Executable
 log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
-_models = Models()
+_models = Models(Model)
 
 
 def recent_plans() -> tuple[Planned, ...]:
@@ -119,7 +119,7 @@ class _Graph:
             DenseGradients(num_fwd_outputs, parameters).apply(joint)
             planned = self._plan(Capture(joint, num_fwd_outputs, inputs))
         except UnsupportedError as reason:
-            _warn_unplanned(reason)
+            warn_unplanned(reason)
             return torch_compat.default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
         return Split(num_fwd_outputs).apply(planned.scheduled, joint)
 
@@ -136,7 +136,7 @@ class _Graph:
             primals = primal_inputs(graph_module, self.inputs)
             planned = self._plan(Capture(graph_module, outputs, primals, training=False))
         except UnsupportedError as reason:
-            _warn_unplanned(reason)
+            warn_unplanned(reason)
             return torch_compat.unplanned(graph_module, inputs)
         return Executable(planned.scheduled.graph_module, planned.lowered, self._script(planned.lowered, begins=True))
 
@@ -166,7 +166,7 @@ def pool_of(planned: Planned) -> Pool | None:
     return Pool(planned.lowered.program, planned.layout, parts, planned.budget)
 
 
-def _warn_unplanned(reason: UnsupportedError) -> None:
+def warn_unplanned(reason: UnsupportedError) -> None:
     log.warning("memplan runs a graph unplanned, its memory is not limited: %s", reason)
 
 

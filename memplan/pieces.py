@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from memplan import torch_compat
 from memplan.errors import BudgetInfeasibleError
@@ -32,7 +32,8 @@ class Piece:
     def __init__(self, model: Model, compile_piece: Compile) -> None:
         self._model, self._compile = model, compile_piece
         self._context = torch_compat.TracingContext.try_get()
-        self._planned_for: Elsewhere | None = None
+        self.planned_for: Elsewhere | None = None
+        self._options = model.options
         self._replans = 0
         self.planned: Planned | None = None
         self.frame = torch_compat.frame_id()
@@ -41,16 +42,17 @@ class Piece:
 
     @torch_compat.never_traced
     def __call__(self, *args: Any) -> Any:
-        if self.planned is not None and self._replans < _REPLANS and self._model.elsewhere(self) != self._planned_for:
-            self._replans += 1
+        moved = self.planned is not None and self._replans < _REPLANS and self._model.elsewhere(self) != self.planned_for
+        if moved or self._options != self._model.options:
+            self._replans += moved
             with torch_compat.tracing(self._context):
                 self._plan(first=False)
         return self._run(*args)
 
     def _plan(self, first: bool) -> None:
-        elsewhere = self._model.elsewhere(self)
+        elsewhere, self._options = self._model.elsewhere(self), self._model.options
         try:
-            self._run, self.planned = self._compile(self._model.options, elsewhere)
+            self._run, self.planned = self._compile(self._options, elsewhere)
         except BudgetInfeasibleError as error:
             if not first or len(self._model.pieces) == 1 or error.smallest is None:
                 raise
@@ -59,7 +61,7 @@ class Piece:
                 "a later part of the model does not fit beside the parts before it; the next step is planned anew"
             )
             self._run, self.planned = self._compile(self._model.options.without_budget(), elsewhere)
-        self._planned_for = elsewhere
+        self.planned_for = elsewhere
 
 
 @dataclass
@@ -85,10 +87,10 @@ class Model:
         before = [p.planned for p in self.pieces[:at] if p.planned is not None]
         after = [p.planned for p in self.pieces[at + 1 :] if p.planned is not None]
         mine = piece.planned
-        seen = _parameters(mine) if mine is not None else Counter()
+        seen = parameters_of(mine) if mine is not None else Counter()
         parameters = 0
         for other in (*before, *after):
-            fresh = _parameters(other) - seen
+            fresh = parameters_of(other) - seen
             parameters += sum(size * count for (_, size), count in fresh.items())
             seen |= fresh
         saved = sum(_left(p) for p in before)
@@ -100,7 +102,8 @@ class Model:
         return Elsewhere(parameters + saved + gradients, max(0, meanwhile - gradients))
 
 
-def _parameters(planned: Planned) -> Counter[tuple[str, int]]:
+def parameters_of(planned: Planned) -> Counter[tuple[str, int]]:
+    """Name and size of each parameter and buffer of a graph."""
     buffers = (planned.problem.buffers[b] for b in planned.problem.resident)
     return Counter((b.name, b.size) for b in buffers if b.category in (Category.PARAMETER, Category.BUFFER))
 
@@ -123,18 +126,21 @@ def _gradients(planned: Planned) -> int:
     return sum(buffers[b].size for b in made if b in outputs and buffers[b].category == Category.GRADIENT)
 
 
-class Models:
-    """Finds the model that a graph belongs to: torch hands every graph of one ``torch.compile`` the same options.
+M = TypeVar("M", bound=Model)
+
+
+class Models(Generic[M]):
+    """Finds the model that a graph belongs to: torch hands every graph of one ``torch.compile`` the same object.
 
     The models compiled last are remembered, so that a process that compiles for ever does not grow for ever.
     """
 
-    def __init__(self, remembered: int = 32) -> None:
-        self._remembered = remembered
-        self._known: dict[int, tuple[Mapping[str, Any], Model]] = {}
+    def __init__(self, make: Callable[[Options], M], remembered: int = 32) -> None:
+        self._make, self._remembered = make, remembered
+        self._known: dict[int, tuple[object, M]] = {}
 
-    def of(self, given: Mapping[str, Any], options: Options) -> Model:
-        known = self._known.pop(id(given), None) or (given, Model(options))  # the reference keeps the id from reuse
+    def of(self, given: object, options: Options) -> M:
+        known = self._known.pop(id(given), None) or (given, self._make(options))  # the reference keeps the id from reuse
         self._known[id(given)] = known
         if len(self._known) > self._remembered:
             del self._known[next(iter(self._known))]

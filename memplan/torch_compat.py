@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -175,25 +176,71 @@ def inductor_compile(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor
         raise RuntimeError(f"Inductor cannot compile the region: {error}") from error
 
 
+class HostMeter:
+    """Records what torch's allocators give to this thread, by the events of the legacy profiler: it has them in order,
+    at a tenth of kineto's cost for a single op, and prints nothing.
+
+    Begins at once; RuntimeError while another profiler is at work. What autograd calls has a profiler state of its own:
+    a recording ends where it began, in the same hook or outside of all.
+    """
+
+    def __init__(self) -> None:
+        from torch._C._autograd import _enable_profiler_legacy
+        from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+
+        record_shapes, memory, stack, flops, modules = False, True, False, False, False
+        _enable_profiler_legacy(
+            ProfilerConfig(ProfilerState.CPU, record_shapes, memory, stack, flops, modules, _ExperimentalConfig())
+        )
+
+    def events(self) -> list[int]:
+        """Ends the recording: signed bytes in order, positive where memory was taken."""
+        from torch._C._autograd import _disable_profiler_legacy
+
+        found = (event for thread in _disable_profiler_legacy() for event in thread if event.kind() == "memory_alloc")
+        return [event.cpu_memory_usage() + event.cuda_memory_usage() for event in found]
+
+    def stop(self) -> tuple[int, int]:
+        """Ends the recording: most bytes taken at any instant, and bytes still held, both beyond what stood before."""
+        held = list(accumulate(self.events(), initial=0))
+        return max(held), held[-1]
+
+
+class DeviceMeter:
+    """The same for the current CUDA device, by the allocator's own peak, which it resets."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def stop(self) -> tuple[int, int]:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - self._before, torch.cuda.memory_allocated() - self._before
+
+
+Meter = HostMeter | DeviceMeter
+
+
+def start_meter(device_type: str) -> Meter | None:
+    """Begin to count; None where a profiler of the user's is already at work."""
+    try:
+        return DeviceMeter() if device_type == "cuda" else HostMeter()
+    except RuntimeError:
+        return None
+
+
 def allocation_events(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     """What ``function`` returns, and every event of torch's allocators while it ran in this thread, in order.
 
-    An event is signed bytes, positive where memory is taken. The legacy profiler gives them in order, at a tenth of
-    kineto's cost for a single op, and prints nothing.
+    An event is signed bytes, positive where memory is taken.
     """
-    from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
-    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-
-    record_shapes, memory, stack, flops, modules = False, True, False, False, False
-    _enable_profiler_legacy(
-        ProfilerConfig(ProfilerState.CPU, record_shapes, memory, stack, flops, modules, _ExperimentalConfig())
-    )
+    meter = HostMeter()
     try:
         result = function()
     finally:
-        threads = _disable_profiler_legacy()
-    events = (event for thread in threads for event in thread if event.kind() == "memory_alloc")
-    return result, [event.cpu_memory_usage() + event.cuda_memory_usage() for event in events]
+        events = meter.events()
+    return result, events
 
 
 def kernel_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -241,6 +288,75 @@ def dynamo_source(node: fx.Node) -> str:
 def clear_blas_workspaces() -> None:
     """Give back what cuBLAS holds for each thread and stream; it takes it again when it next runs."""
     torch._C._cuda_clearCublasWorkspaces()
+
+
+def around_backward(value: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Have both called around the compiled backward that leads to the tensors in ``value``, if there is one."""
+    waiting = [t.grad_fn for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CompiledFunction" in node.name():
+            node.register_prehook(lambda _: before())
+            node.register_hook(lambda *_: after())
+            return
+        waiting.extend(parent for parent, _ in node.next_functions)
+
+
+def intercept_inductor(substitute: Callable[..., Callable[..., Any]] | None) -> None:
+    """Wherever torch.compile hands a graph to Inductor, call ``substitute(door, compile, graph_module, inputs)`` instead.
+
+    ``door`` is one object for all the graphs of one torch.compile call, ``compile(graph_module, inputs)`` is Inductor.
+    None ends it.
+    """
+    through = _INDUCTOR if substitute is None else _through(substitute)
+    setattr(torch._TorchCompileInductorWrapper, "__call__", through)  # noqa: B010
+
+
+_INDUCTOR = torch._TorchCompileInductorWrapper.__call__
+
+
+def _through(substitute: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    def compile_graph(self: Any, graph_module: Any, inputs: Any, **keywords: Any) -> Any:
+        def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            return _INDUCTOR(self, graph_module, inputs, **keywords)
+
+        return substitute(self, inductor, graph_module, inputs)
+
+    return compile_graph
+
+
+def partition_by(partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]], uuid: str) -> Any:
+    """A context in which Inductor cuts joint graphs by ``partition``. ``uuid``: all that its answer depends on besides
+    the graph; Inductor's caches have it in their keys. AOTAutograd's own cache would keep ``partition`` from being asked.
+    """
+    from contextlib import ExitStack
+
+    from torch._functorch import config as aot_config
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **keywords: Any) -> Any:
+            return partition(gm, joint_inputs, **keywords)
+
+        def uuid(self) -> str:
+            return uuid
+
+    stack = ExitStack()
+    stack.enter_context(config.patch(custom_partitioner_fn=Partitioner()))
+    stack.enter_context(aot_config.patch(enable_autograd_cache=False))
+    return stack
+
+
+def min_cut_partition(joint: fx.GraphModule, inputs: Any, **keywords: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Inductor's own cut between forward and backward."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(joint, inputs, **keywords)
 
 
 class _Traced(Exception):
