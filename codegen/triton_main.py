@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from memplan.codegen.region import Region
+from memplan.codegen.triton_choices import Writer
 from memplan.codegen.triton_kernel import Tile, cdiv
 from memplan.codegen.triton_ops import NAMES, register_dtype
 from memplan.codegen.triton_reductions import (
@@ -22,7 +23,7 @@ from memplan.codegen.triton_reductions import (
     row_expression,
 )
 from memplan.codegen.triton_schedule import REDUCTIONS, Space
-from memplan.codegen.triton_values import Value, Writer
+from memplan.codegen.triton_values import Value
 from memplan.errors import UnsupportedError
 
 
