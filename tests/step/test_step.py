@@ -1,0 +1,289 @@
+"""compile_step against the loop it replaces: eager forward, backward and torch.optim, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peak import peak_above
+from torch import Tensor, nn
+
+import memplan
+from memplan.errors import BudgetInfeasibleError, InputError, OptionError
+from memplan.problem import Category, Phase
+from memplan.program import Program
+from memplan.step import Step
+
+Optimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
+Batch = tuple[Tensor, Tensor]
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, foreach=False),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01, nesterov=True, foreach=False),
+    "dampened": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.3, maximize=True, foreach=False),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, foreach=False),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, foreach=False),
+}
+
+
+def network(width: int = 32, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(16, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.3), nn.Linear(width, width), nn.Tanh(),
+        nn.Linear(width, 3),
+    )  # fmt: skip
+
+
+def batches(count: int, size: int = 24) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 16, generator=generator), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def eager(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable[Batch], max_norm: float | None = None
+) -> Iterator[Tensor]:
+    for x, y in data:
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.detach()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def compiled(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
+    return memplan.compile_step(model, nn.functional.cross_entropy, optimizer, **options)
+
+
+def planned_program(step: Step) -> Program:
+    assert step.planned is not None
+    return step.planned.lowered.program
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bits_of_eager_under_a_schedule(name: str) -> None:
+    clip = 0.5 if name in ("nesterov", "amsgrad") else None
+    ours, theirs = network(), network()
+    a, b = OPTIMIZERS[name](ours.parameters()), OPTIMIZERS[name](theirs.parameters())
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in (a, b)]
+    step = compiled(ours, a, max_grad_norm=clip)
+    losses = []
+    for model_losses in ((step(x, y) for x, y in batches(4)), eager(theirs, b, batches(4), clip)):
+        torch.manual_seed(7)
+        schedule = schedules.pop(0)
+        for loss in model_losses:
+            losses.append(loss.item())
+            schedule.step()
+    assert losses[:4] == losses[4:]
+    assert same(ours, theirs)
+    assert all(p.grad is None for p in ours.parameters())
+    assert (step.gradient_norm is None) == (clip is None)
+
+
+def test_state_dict_goes_both_ways() -> None:
+    data = batches(6)
+    ours, theirs = network(), network()
+    a, b = OPTIMIZERS["adamw"](ours.parameters()), OPTIMIZERS["adamw"](theirs.parameters())
+    step = compiled(ours, a)
+    torch.manual_seed(3)
+    for x, y in data[:2]:
+        step(x, y)
+    theirs.load_state_dict(ours.state_dict())
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    list(eager(theirs, b, data[2:4]))
+    ours.load_state_dict(theirs.state_dict())
+    a.load_state_dict(copy.deepcopy(b.state_dict()))
+    for x, y in data[4:]:
+        step(x, y)
+    last = network()
+    c = OPTIMIZERS["adamw"](last.parameters())
+    torch.manual_seed(3)
+    list(eager(last, c, data))
+    assert same(ours, last)
+    assert [s["step"].item() for s in a.state.values()] == [6.0] * len(a.state)
+
+
+def test_groups_frozen_and_unused_parameters() -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = network()
+        model.unused = nn.Parameter(torch.ones(4))
+        model[0].weight.requires_grad_(False)
+        rest = [p for name, p in model.named_parameters() if not name.startswith("6.")]
+        groups = [{"params": rest}, {"params": model[6].parameters(), "lr": 0.5, "weight_decay": 0.2}]
+        return model, torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False)
+
+    (ours, a), (theirs, b) = build(), build()
+    ours.forward = lambda x: nn.Sequential.forward(ours, x)
+    step = compiled(ours, a)
+    for model_losses in ((step(x, y) for x, y in batches(3)), eager(theirs, b, batches(3))):
+        torch.manual_seed(7)
+        list(model_losses)
+    assert same(ours, theirs)
+    assert ours.unused not in a.state and ours[0].weight not in a.state
+
+
+def test_a_budget_changes_no_bit_and_is_kept() -> None:
+    def run(budget: str | None) -> tuple[nn.Module, Step, int]:
+        model = network(width=256)
+        x, y = batches(1, size=256)[0]
+        step = compiled(model, OPTIMIZERS["adamw"](model.parameters()), memory_budget=budget)
+        torch.manual_seed(5)
+        for _ in range(3):
+            step(x, y)
+        weights = copy.deepcopy(model.state_dict())
+        above = peak_above(lambda: step(x, y))
+        model.load_state_dict(weights)
+        return model, step, above
+
+    free, _, _ = run(None)
+    tight, step, above = run("80%")
+    assert same(free, tight)
+    assert step.planned is not None and step.planned.plan.budget is not None
+    assert step.planned.plan.unplanned_peak > step.planned.plan.budget
+    assert step.planned.problem.resident_bytes + above <= step.planned.plan.budget
+
+
+def test_gradients_die_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(96, 96, bias=False) for _ in range(12)])
+    x, y = torch.randn(4, 96), torch.randn(4, 96)
+    step = memplan.compile_step(model, nn.functional.mse_loss, OPTIMIZERS["adamw"](model.parameters()))
+    step(x, y)
+    program = planned_program(step)
+    size = [s.size if s.category == Category.GRADIENT else 0 for s in program.storages]
+    live = most = 0
+    for at in program.steps:
+        live += sum(size[s] for s in at.makes)
+        most = max(most, live)
+        live -= sum(size[s] for s in at.frees)
+    assert 0 < most <= 2 * max(size)
+    assert any(at.phase == Phase.OPTIMIZER for at in program.steps)
+    states = sum(program.storages[s].size for s in program.resident if program.storages[s].category == "optimizer")
+    assert states == 2 * sum(s.size for s in program.storages if s.category == Category.PARAMETER)
+
+
+def test_nothing_runs_again_after_its_weights_changed() -> None:
+    """Under the least budget, runs are repeated; none that reads a parameter after its update."""
+    model = network(width=64)
+    x, y = batches(1, size=512)[0]
+    step = compiled(model, OPTIMIZERS["sgd"](model.parameters()), objective="peak")
+    step(x, y)
+    assert step.planned is not None and step.planned.plan.recomputed
+    problem = step.planned.problem
+    assert any(op.after_all for op in problem.ops)
+    changed: set[int] = set()
+    for i in step.planned.plan.sequence:
+        op = problem.ops[i]
+        assert op.phase == Phase.OPTIMIZER or not changed.intersection(op.reads)
+        changed.update(op.mutates if op.phase == Phase.OPTIMIZER else ())
+
+
+def test_shapes_and_modes_are_captured_again() -> None:
+    ours, theirs = network(), network()
+    a, b = OPTIMIZERS["sgd"](ours.parameters()), OPTIMIZERS["sgd"](theirs.parameters())
+    step = compiled(ours, a)
+    data = [batches(1, size)[0] for size in (8, 12, 8)]
+    for model, run in ((ours, lambda batch: step(*batch)), (theirs, lambda batch: next(eager(theirs, b, [batch])))):
+        torch.manual_seed(7)
+        for training in (True, False):
+            model.train(training)
+            for batch in data:
+                run(batch)
+    assert same(ours, theirs)
+
+
+class ReturnsLoss(nn.Module):
+    def __init__(self, wrapped: bool) -> None:
+        super().__init__()
+        self.net, self.wrapped = network(), wrapped
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        loss = nn.functional.cross_entropy(self.net(x), y)
+        return {"loss": loss, "other": x} if self.wrapped else loss
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_model_may_return_its_loss(wrapped: bool) -> None:
+    ours, theirs = ReturnsLoss(wrapped), network()
+    a, b = OPTIMIZERS["sgd"](ours.parameters()), OPTIMIZERS["sgd"](theirs.parameters())
+    step = memplan.compile_step(ours, None, a)
+    x, y = batches(1)[0]
+    torch.manual_seed(7)
+    loss = step(x, y=y)
+    torch.manual_seed(7)
+    assert torch.equal(loss, next(eager(theirs, b, [(x, y)])))
+    assert same(ours.net, theirs)
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.net(x)
+
+
+@pytest.mark.parametrize("case", ["optimizer", "graph break"])
+def test_what_cannot_be_traced_runs_as_usual(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    make = torch.optim.Adagrad if case == "optimizer" else torch.optim.SGD
+    ours, theirs = (Breaks(), Breaks().net) if case == "graph break" else (network(), network())
+    a, b = make(ours.parameters(), lr=0.1), make(theirs.parameters(), lr=0.1)
+    step = compiled(ours, a)
+    with caplog.at_level(logging.WARNING, logger="memplan"):
+        for model_losses in ((step(x, y) for x, y in batches(2)), eager(theirs, b, batches(2))):
+            torch.manual_seed(7)
+            list(model_losses)
+    assert same(ours.net if case == "graph break" else ours, theirs)
+    assert [r.getMessage() for r in caplog.records if "the optimizer runs as usual" in r.getMessage()]
+    assert len(caplog.records) == 1
+    assert step.planned is None
+
+
+def test_misuse_is_refused() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with pytest.raises(InputError, match="not one of the model's"):
+        compiled(network(), optimizer)
+    with pytest.raises(OptionError, match="unknown option 'memory_buget'"):
+        compiled(model, optimizer, memory_buget=1)
+    with pytest.raises(OptionError, match="max_grad_norm"):
+        compiled(model, optimizer, max_grad_norm=0.0)
+    with pytest.raises(InputError, match="torch.optim.Optimizer"):
+        memplan.compile_step(model, None, model.parameters())  # type: ignore[arg-type]
+    x, y = batches(1)[0]
+    with pytest.raises(InputError, match="target"):
+        compiled(model, optimizer)()
+    with pytest.raises(InputError, match="scalar loss"):
+        memplan.compile_step(model, lambda out, y: out, optimizer)(x, y)
+    with pytest.raises(InputError, match="returns no loss"):
+        pair = Pair()
+        memplan.compile_step(pair, None, OPTIMIZERS["sgd"](pair.parameters()))(x)
+    with pytest.raises(BudgetInfeasibleError):
+        compiled(model, optimizer, memory_budget=1000)(x, y)
+    model(x).sum().backward()
+    with pytest.raises(InputError, match="gradient already"):
+        compiled(model, optimizer)(x, y)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x), x
