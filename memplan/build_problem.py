@@ -230,10 +230,10 @@ class _Builder:
             tuple(self.buffers),
             outputs=tuple(dict.fromkeys((*forward, *later, *tangents))),
             forward_outputs=tuple(dict.fromkeys(forward)),
+            tiers=self.tiers,
         )
 
     def _temporaries(self, outputs: set[int]) -> None:
-            tiers=self.tiers,
         """A forward buffer that no backward op reads is a temporary, not a saved activation."""
         saved = {b for op in self.ops if op.phase == Phase.BACKWARD for b in op.reads}
         for b, buffer in enumerate(self.buffers):

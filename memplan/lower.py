@@ -64,7 +64,7 @@ class _Lowering:
         late = [n for n in inputs if is_tangent(n)] if self.backward_from > len(inputs) else []  # joint graphs only
         for node in inputs:
             self._slot(node)
-        resident = [s for n in inputs for s in self._stored(n)]
+        resident = [s for n in inputs for s in self._stored(n) if not self._has_home(n)]
         resident += [s for n in self.nodes if n.op == "get_attr" for s in self._stored(n)]
         saved = [n for n in inputs if (OP in n.meta or MOVE in n.meta) and not is_tangent(n)]
         owned = {s for n in inputs if n not in saved for s in self.behind[n].values()}
@@ -122,13 +122,17 @@ class _Lowering:
         op = node.meta.get(OP)
         if op is not None and node.op != "placeholder":
             return _as_storage(self.problem.buffers[self.problem.ops[op].writes[place]])
-        if MOVE in node.meta and node.meta[MOVE].kind == StepKind.OFFLOAD:
+        if MOVE in node.meta and node.meta[MOVE].kind in (StepKind.OFFLOAD, StepKind.HOME):
             return Storage(node.name, 0, Category.TEMPORARY)  # a ticket: a number in memory that no allocator counts
         buffer = node.meta.get(BUFFER)
         if buffer is not None:
             return _as_storage(self.problem.buffers[buffer])
         size = torch_compat.size_hint(tensor.untyped_storage().nbytes())  # type: ignore[attr-defined]
         return Storage(str(node.target), size, Category.INPUT)
+
+    def _has_home(self, node: fx.Node) -> bool:
+        """Whether an argument lies on a slower tier, and takes no bytes of the device."""
+        return BUFFER in node.meta and bool(self.problem.buffers[node.meta[BUFFER]].home)
 
     def _with_its_kernel(self, node: fx.Node) -> bool:
         """Getitems of a kernel's tuple are filled by the kernel's own step."""
@@ -176,7 +180,8 @@ class _Lowering:
         index = node.meta.get(OP)
         if MOVE in node.meta:
             move = node.meta[MOVE]
-            step = Step(move.kind, node.name, phase, reads, tuple(made), tier=move.tier)
+            held = () if move.kind == StepKind.HOME else reads
+            step = Step(move.kind, node.name, phase, held, tuple(made), tier=move.tier)
         elif index is None or is_getitem(node) or node.op == "get_attr":
             step = Step(StepKind.VIEW, node.name, phase, reads)
         else:

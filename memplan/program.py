@@ -16,6 +16,7 @@ class StepKind(StrEnum):
     RUN = "run"  # run a kernel: takes ``makes`` and, while it runs, ``workspace``
     VIEW = "view"  # look at a storage another way, or read a size: no bytes, no time
     FREE = "free"  # give up storages
+    HOME = "home"  # make the ticket of a resident storage that lies on ``tier``
     OFFLOAD = "offload"  # start to copy ``reads[0]`` to ``tier``; makes the ticket that stands for it there
     PREFETCH = "prefetch"  # take memory for the copy behind the ticket ``reads[0]`` and start to bring it back
     WAIT = "wait"  # until the last transfer of the ticket ``reads[0]`` has ended

@@ -18,7 +18,7 @@ class Timeline:
 
     program: Program
     loads: tuple[int, ...]
-    time: float  # microseconds to the end of the last run, waits for transfers included
+    time: float  # microseconds, all steps and what they wait for transfers
     waited: float = 0.0  # microseconds of it in which nothing ran
 
     @cached_property
@@ -66,18 +66,16 @@ def simulate(program: Program) -> Timeline:
 
 
 def _clock(program: Program) -> tuple[float, float]:
-    """(end of the last run, what of it was spent waiting): a tier's two engines serve one transfer at a time each."""
+    """(microseconds to the end, what of it was spent waiting): a tier's two engines serve one transfer at a time each."""
     tiers = {tier.name: tier for tier in program.tiers}
     idle_from: dict[tuple[str, StepKind], float] = {}
     arrived: dict[int, float] = {}  # ticket -> end of its last transfer
-    now = waited = end = 0.0
-    waited_at_end = 0.0
+    now = waited = 0.0
     for step in program.steps:
         if step.kind == StepKind.RUN:
             now += step.time
-            end, waited_at_end = now, waited
         elif step.kind == StepKind.WAIT:
-            late = max(0.0, arrived[step.reads[0]] - now)
+            late = max(0.0, arrived.get(step.reads[0], 0.0) - now)
             now, waited = now + late, waited + late
         elif step.kind in (StepKind.OFFLOAD, StepKind.PREFETCH):
             tier, engine = tiers[step.tier], (step.tier, step.kind)
@@ -86,4 +84,4 @@ def _clock(program: Program) -> tuple[float, float]:
             start = max(now, idle_from.get(engine, 0.0), arrived.get(ticket, 0.0))
             rate = tier.write if out else tier.read
             arrived[ticket] = idle_from[engine] = start + tier.latency + program.storages[moved].size / rate
-    return end, waited_at_end
+    return now, waited

@@ -51,15 +51,36 @@ class Offload:
 
     def apply(self, built: BuiltProblem, scheduled: Scheduled) -> Scheduled:
         """Raises UnsupportedError where a copy cannot be replaced in its readers."""
-        places = _Places(self.stays, built, self.directory, self.limit)
-        actions = _Actions(self, built, scheduled)
-        return _Writer(self.stays, actions, scheduled, places).write()
+        contents = _contents(self, built)
+        actions = _Actions(self, built, scheduled, contents)
+        places = _Places(self, built, contents)
+        return _Writer(self.stays, contents, actions, scheduled, places).write()
+
+
+def _contents(offload: Offload, built: BuiltProblem) -> list[int]:
+    """For each stay the one whose copy-out sent what it brings back, itself included; -1 where a home has it."""
+    ops, buffers = built.problem.ops, built.problem.buffers
+    changed: dict[int, list[int]] = defaultdict(list)
+    for position, op in enumerate(offload.sequence):
+        for b in ops[op].mutates:
+            changed[b].append(position)
+    there: dict[tuple[int, int], dict[str, int]] = {}
+    returned: dict[tuple[int, int], int] = {}
+    found = [-1] * len(offload.stays)
+    for k, stay in sorted(enumerate(offload.stays), key=lambda item: (item[1].out_from, item[1].in_until)):
+        key, home = (stay.buffer, stay.made_at), buffers[stay.buffer].home
+        has = there.setdefault(key, {home: -1} if home else {})
+        if any(returned.get(key, stay.made_at + 1) <= p < stay.out_from for p in changed[stay.buffer]):
+            has.clear()
+        found[k] = has.setdefault(stay.tier, k)
+        returned[key] = stay.in_until
+    return found
 
 
 class _Actions:
     """Where in the scheduled graph each stay's transfers start and end."""
 
-    def __init__(self, offload: Offload, built: BuiltProblem, scheduled: Scheduled) -> None:
+    def __init__(self, offload: Offload, built: BuiltProblem, scheduled: Scheduled, contents: Sequence[int]) -> None:
         self.nodes = list(scheduled.graph_module.graph.nodes)[:-1]
         self.boundary = scheduled.forward_nodes
         names = [built.problem.ops[op].name for op in offload.sequence]
@@ -67,24 +88,30 @@ class _Actions:
         kernels = [at for at, n in enumerate(self.nodes) if _is_kernel(n)]
         runs = [p for p in range(len(names)) if p != self.handover]
         self.kernel_at = dict(zip(runs, kernels, strict=True))  # position -> index of its node
-        found = [a for k, stay in enumerate(offload.stays) for a in self._of(k, stay, len(names))]
+        self.end, self.contents = len(names), contents
+        self.homes = [bool(buffer.home) for buffer in built.problem.buffers]
+        found = [action for k, stay in enumerate(offload.stays) for action in self._of(k, stay)]
         self.before: dict[int, list[tuple[str, int]]] = defaultdict(list)  # index -> (what, stay), forward's part
         self.after: dict[int, list[tuple[str, int]]] = defaultdict(list)  # the same, behind the boundary
-        for _, _, k, what, index, late in sorted(found):
+        for _, _, _, k, what, index, late in sorted(found):
             (self.after if late else self.before)[index].append((what, k))
 
-    def _of(self, k: int, stay: Stay, end: int) -> list[tuple[int, int, int, str, int, bool]]:
-        """(position, rank at it, stay, what, index, behind the boundary). A copy that is read in the backward starts to
-        come back there, for what crosses from the forward must be whole."""
-        found = []
-        times = {"start_out": stay.out_from, "end_out": stay.out_until}
-        if stay.in_from < end:
-            times |= {"start_in": stay.in_from, "end_in": stay.in_until}
-            if stay.in_from <= self.handover < stay.in_until:
-                times["start_in"] = self.handover + 1
-        for rank, (what, position) in enumerate(times.items()):
-            found.append((position, rank, k, what, *self._index(position)))
-        return found
+    def _of(self, k: int, stay: Stay) -> list[tuple[int, int, int, int, str, int, bool]]:
+        """(position, rank at it, when it ends, stay, what, index, behind the boundary), in the order of the rules.
+
+        A copy that is read in the backward starts to come back there: what crosses from the forward must be whole.
+        """
+        home = self.homes[stay.buffer]
+        actions = []
+        if self.contents[k] == k:
+            actions.append((stay.out_from, 0, stay.out_until, "start_out"))
+        if not (home and stay.out_until == 0):
+            actions.append((stay.out_until, 1, stay.out_until, "end_out"))
+        if not (home and stay.in_from == self.end):
+            crosses = stay.in_from <= self.handover < stay.in_until
+            start = self.handover + 1 if crosses else stay.in_from
+            actions += [(start, 2, stay.in_until, "start_in"), (stay.in_until, 3, stay.in_until, "end_in")]
+        return [(position, rank, until, k, what, *self._index(position)) for position, rank, until, what in actions]
 
     def _index(self, position: int) -> tuple[int, bool]:
         """The node before which the transfers of a position stand: behind the run before it and its results."""
@@ -102,32 +129,40 @@ class _Actions:
 class _Places:
     """The stores of the tiers, and which place in its store each stay's copy has."""
 
-    def __init__(self, stays: Sequence[Stay], built: BuiltProblem, directory: str | None, limit: int | None) -> None:
-        lives: dict[str, dict[tuple[int, int], list[int]]] = defaultdict(dict)
-        for stay in stays:
-            end = stay.in_until + 1
-            life = lives[stay.tier].setdefault((stay.buffer, stay.made_at), [stay.out_from, end])
-            life[1] = max(life[1], end)
-        self.site: dict[tuple[str, int, int], int] = {}
+    def __init__(self, offload: Offload, built: BuiltProblem, contents: Sequence[int]) -> None:
+        stays, buffers = offload.stays, built.problem.buffers
+        lives: dict[str, dict[int, int]] = {stay.tier: {} for stay in stays}  # tier -> copy-out -> end of its bytes
+        for stay, k in zip(stays, contents, strict=True):
+            if k >= 0 and stay.tier != buffers[stay.buffer].home:  # what goes home has its place there
+                lives[stay.tier][k] = max(lives[stay.tier].get(k, 0), stay.in_until + 1)
+        self.site: dict[int, int] = {}  # copy-out -> its place among the sites of its tier's store
         self.store: dict[str, tiers.Store] = {}
-        for tier, copies in lives.items():
-            sizes = [aligned(built.problem.buffers[b].size) for b, _ in copies]
-            lower, upper = zip(*copies.values())
-            problem = PlacementProblem(lower, upper, tuple(sizes), ALIGNMENT)
+        for tier, ends in lives.items():
+            sizes = tuple(aligned(buffers[stays[k].buffer].size) for k in ends)
+            problem = PlacementProblem(tuple(stays[k].out_from for k in ends), tuple(ends.values()), sizes, ALIGNMENT)
             placement = solve_placement(problem, limits=Limits(work=_WORK))
             sites = list(zip(placement.offsets, sizes, strict=True))
-            self.store[tier] = tiers.Store(sites, placement.height, directory, limit)
-            self.site |= {(tier, *copy): k for k, copy in enumerate(copies)}
+            self.store[tier] = tiers.Store(sites, placement.height, offload.directory, offload.limit)
+            self.site |= {k: site for site, k in enumerate(ends)}
 
 
 class _Writer:
     """Copies the scheduled graph node by node, with the transfers between its runs."""
 
-    def __init__(self, stays: Sequence[Stay], actions: _Actions, scheduled: Scheduled, places: _Places) -> None:
-        self.stays, self.actions, self.scheduled, self.places = stays, actions, scheduled, places
+    def __init__(
+        self,
+        stays: Sequence[Stay],
+        contents: Sequence[int],
+        actions: _Actions,
+        scheduled: Scheduled,
+        places: _Places,
+    ) -> None:
+        self.stays, self.contents, self.actions = stays, contents, actions
+        self.scheduled, self.places = scheduled, places
         self.new = fx.Graph()
         self.now: dict[fx.Node, fx.Node] = {}  # scheduled node -> the node that has its value from here on
-        self.tickets: dict[tuple[int, int, str], fx.Node] = {}  # (buffer, made at, tier)
+        self.tickets: dict[int, fx.Node] = {}  # copy-out -> what stands for its contents
+        self.at_home: dict[int, fx.Node] = {}  # buffer -> what stands for its contents at home
         self.back: dict[int, fx.Node] = {}  # stay -> its copy on the way back
         self.holder = [self._holder(stay) for stay in stays]
         self.aliases = _aliases(actions.nodes)
@@ -152,33 +187,49 @@ class _Writer:
             getattr(self, f"_{what}")(k, self.stays[k])
 
     def _start_out(self, k: int, stay: Stay) -> None:
-        key = (stay.buffer, stay.made_at, stay.tier)
-        if key in self.tickets and stay.out_from == stay.out_until:
-            return  # the tier has it already
         source = self.now[self.holder[k]]
-        store = self.places.store[stay.tier]
-        site = self.places.site[stay.tier, stay.buffer, stay.made_at]
-        ticket = self._move(tiers.offload, (source, store.number, site), StepKind.OFFLOAD, stay.tier)
-        ticket.meta |= {"val": source.meta["val"].new_empty(1, dtype=torch.int64, device="cpu"), _STORE: store}
-        self.tickets[key] = ticket
+        if k in self.places.site:
+            store = self.places.store[stay.tier]
+            args = (source, store.number, self.places.site[k])
+            self.tickets[k] = self._ticket(tiers.offload, args, StepKind.OFFLOAD, stay.tier, source)
+        else:
+            args = (source, self._home(k, stay))
+            self.at_home[stay.buffer] = self._ticket(tiers.restore, args, StepKind.OFFLOAD, stay.tier, source)
 
     def _end_out(self, k: int, stay: Stay) -> None:
-        self._move(tiers.written, (self._ticket(stay), self.now[self.holder[k]]), StepKind.WAIT, stay.tier)
+        self._move(tiers.written, (self._away(k, stay), self.now[self.holder[k]]), StepKind.WAIT, stay.tier)
 
     def _start_in(self, k: int, stay: Stay) -> None:
         holder = self.holder[k]
-        back = self._move(tiers.prefetch, (self._ticket(stay),), StepKind.PREFETCH, stay.tier)
+        back = self._move(tiers.prefetch, (self._away(k, stay),), StepKind.PREFETCH, stay.tier)
         back.meta |= {key: value for key, value in holder.meta.items() if key not in (OP, RECOMPUTE, MOVE)}
         self.back[k] = back
 
     def _end_in(self, k: int, stay: Stay) -> None:
-        self._move(tiers.wait, (self._ticket(stay), self.back[k]), StepKind.WAIT, stay.tier)
+        self._move(tiers.wait, (self._away(k, stay), self.back[k]), StepKind.WAIT, stay.tier)
         for node in self.aliases[self.holder[k]]:
             self.now.pop(node, None)
         self.now[self.holder[k]] = self.back.pop(k)
 
-    def _ticket(self, stay: Stay) -> fx.Node:
-        return self.tickets[stay.buffer, stay.made_at, stay.tier]
+    def _away(self, k: int, stay: Stay) -> fx.Node:
+        """What stands for the contents of a stay."""
+        ticket = self.tickets.get(self.contents[k])
+        return self._home(k, stay) if ticket is None else ticket
+
+    def _home(self, k: int, stay: Stay) -> fx.Node:
+        if stay.buffer not in self.at_home:
+            source = self.now[self.holder[k]]
+            args = (source, self.places.store[stay.tier].number)
+            self.at_home[stay.buffer] = self._ticket(tiers.home, args, StepKind.HOME, stay.tier, source)
+        return self.at_home[stay.buffer]
+
+    def _ticket(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kind: StepKind, tier: str, source: fx.Node
+    ) -> fx.Node:
+        ticket = self._move(call, args, kind, tier)
+        ticket.meta["val"] = source.meta["val"].new_empty(1, dtype=torch.int64, device="cpu")
+        ticket.meta[_STORE] = self.places.store[tier]
+        return ticket
 
     def _move(self, call: Callable[..., Any], args: tuple[Any, ...], kind: StepKind, tier: str) -> fx.Node:
         node = self.new.call_function(call, args)
@@ -188,8 +239,11 @@ class _Writer:
     def _holder(self, stay: Stay) -> fx.Node:
         """The scheduled node whose value is the copy: the kernel of its run, or a getitem of it."""
         nodes = self.actions.nodes
-        kernel = nodes[self.actions.kernel_at[stay.made_at]]
-        values = [n for n in (kernel, *kernel.users) if n is kernel or is_getitem(n)]
+        if stay.made_at < 0:
+            kernel, values = nodes[0], [n for n in nodes if n.op == "placeholder"]
+        else:
+            kernel = nodes[self.actions.kernel_at[stay.made_at]]
+            values = [n for n in (kernel, *kernel.users) if n is kernel or is_getitem(n)]
         found = [n for n in values if isinstance(n.meta.get("val"), torch.Tensor) and n.meta.get(BUFFER) == stay.buffer]
         if len(found) != 1:
             raise UnsupportedError(f"{kernel.name}: {len(found)} values that share a storage to offload")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from memplan.errors import TierError
-from memplan.runtime.space import aligned
+from memplan.runtime.space import ALIGNMENT, aligned
 from memplan.units import format_bytes
 
 log = logging.getLogger("memplan")
@@ -34,7 +34,16 @@ log = logging.getLogger("memplan")
 _STAGING = 4 << 20
 
 
-class SpillFile:
+class File:
+    """An open file, closed with the last reference to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.direct = _set_direct(descriptor)
+        weakref.finalize(self, os.close, descriptor)
+
+
+class SpillFile(File):
     """A file without a name, mode 0600: it is gone with the last reference to it, or with the process."""
 
     def __init__(self, directory: str | Path | None, limit: int | None = None) -> None:
@@ -42,11 +51,10 @@ class SpillFile:
         self.directory = Path(directory or tempfile.gettempdir())
         self.limit, self.owner, self.size = limit, os.getpid(), 0
         try:
-            self.descriptor = _unnamed(self.directory)
+            descriptor = _unnamed(self.directory)
         except OSError as error:
             raise TierError(f"no file can be made in {self.directory}: {error.strerror}; set swap.directory") from error
-        self.direct = _set_direct(self.descriptor)
-        weakref.finalize(self, os.close, self.descriptor)
+        super().__init__(descriptor)
 
     def reserve(self, end: int) -> None:
         """Allocate the file's bytes up to ``end``, so that a full disk is noticed here. Raises TierError."""
@@ -167,7 +175,7 @@ _renew_engines()
 os.register_at_fork(after_in_child=_renew_engines)  # threads stay in the parent
 
 
-def write(file: SpillFile, start: int, tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]) -> Transfer:
+def write(file: File, start: int, tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]) -> Transfer:
     """Start to copy a tensor's storage to the file's bytes from ``start`` on."""
     size = tensor.untyped_storage().nbytes()
 
@@ -179,7 +187,7 @@ def write(file: SpillFile, start: int, tensor: torch.Tensor, keep: Any, wanted: 
     return transfer
 
 
-def read(file: SpillFile, start: int, tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]) -> Transfer:
+def read(file: File, start: int, tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]) -> Transfer:
     """Start to fill a tensor's storage from the file's bytes from ``start`` on."""
     size = tensor.untyped_storage().nbytes()
 
@@ -191,8 +199,8 @@ def read(file: SpillFile, start: int, tensor: torch.Tensor, keep: Any, wanted: w
     return transfer
 
 
-def _write(file: SpillFile, start: int, address: int, size: int, staging: mmap.mmap) -> None:
-    if not file.direct:
+def _write(file: File, start: int, address: int, size: int, staging: mmap.mmap) -> None:
+    if not file.direct or start % ALIGNMENT:
         _all(os.pwrite, file.descriptor, _bytes_at(address, size), start)
         os.fdatasync(file.descriptor)  # only what is on the disk can leave the page cache
         os.posix_fadvise(file.descriptor, start, size, os.POSIX_FADV_DONTNEED)
@@ -205,23 +213,31 @@ def _write(file: SpillFile, start: int, address: int, size: int, staging: mmap.m
             _all(os.pwrite, file.descriptor, view[: aligned(part)], start + done)
 
 
-def _read(file: SpillFile, start: int, address: int, size: int, staging: mmap.mmap) -> None:
+def _read(file: File, start: int, address: int, size: int, staging: mmap.mmap) -> None:
     if not file.direct:
         _all(_read_into, file.descriptor, _bytes_at(address, size), start)
         os.posix_fadvise(file.descriptor, start, size, os.POSIX_FADV_DONTNEED)
         return
     with memoryview(staging) as view:
-        here = _address(view)
-        for done in range(0, size, len(view)):
-            part = min(len(view), size - done)
-            _all(_read_into, file.descriptor, view[: aligned(part)], start + done)
-            ctypes.memmove(address + done, here, part)
+        here, lead, end = _address(view), start % ALIGNMENT, start + size  # a file of others aligns nothing
+        for at in range(start - lead, end, len(view)):
+            part = min(len(view), end - at)
+            _all(_read_into, file.descriptor, view[: aligned(part)], at, needed=part)
+            skip = max(0, start - at)
+            ctypes.memmove(address + at + skip - start, here + skip, part - skip)
 
 
-def _all(call: Callable[[int, memoryview, int], int], descriptor: int, view: memoryview, start: int) -> None:
-    """Repeat a call that may move fewer bytes than asked. Raises OSError where the file ends."""
+def _all(
+    call: Callable[[int, memoryview, int], int],
+    descriptor: int,
+    view: memoryview,
+    start: int,
+    needed: int | None = None,
+) -> None:
+    """Repeat a call that may move fewer bytes than asked, until those ``needed`` have moved (None: all). Raises OSError
+    where the file ends before."""
     done = 0
-    while done < len(view):
+    while done < (len(view) if needed is None else needed):
         moved = call(descriptor, view[done:], start + done)
         if moved == 0:
             raise OSError(errno.EIO, "the file ended early: it was truncated")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from memplan.errors import TierError
-from memplan.runtime import disk
+from memplan.runtime import disk, homes
 from memplan.runtime.space import Space, Span
 
 _numbers = itertools.count(1)
@@ -73,7 +73,7 @@ class Store:
                 raise
             return self._file
 
-    def failed(self, file: disk.SpillFile) -> None:
+    def failed(self, file: disk.File | None) -> None:
         """Leave a file that lost bytes to the tickets that still name it."""
         with self._lock:
             if self._file is file:
@@ -93,8 +93,10 @@ class Stay(bytearray):
     """The memory of a ticket, which therefore lives exactly as long as the last tensor on it."""
 
     store: Store
-    file: disk.SpillFile
-    span: Span
+    file: disk.File | None  # None: the contents are in the memory of ``source``
+    start: int  # bytes into the file
+    span: Span | None  # None: a home, whose bytes are not the store's
+    source: torch.Tensor | None
     size: int  # bytes
     shape: tuple[torch.dtype, torch.device, int, tuple[int, ...], tuple[int, ...]]
     transfer: disk.Transfer | None
@@ -110,24 +112,47 @@ class Stay(bytearray):
         try:
             waited = transfer.wait()
         except TierError:
-            self.store.failed(self.file)
+            if self.span is not None:
+                self.store.failed(self.file)
             raise
         self.store.count(moving=transfer.seconds, waited=waited)
 
 
 def offload(tensor: torch.Tensor, store: int, site: int) -> torch.Tensor:
     """Start to copy a tensor's whole storage out; returns the ticket. The storage stays until ``written``."""
-    place = _stores[store]
-    number = next(_numbers)
-    stay = Stay(number.to_bytes(8, "little"))
-    storage = tensor.untyped_storage()
-    stay.store, stay.size = place, storage.nbytes()
-    stay.shape = (tensor.dtype, tensor.device, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
-    stay.span = place.space.take(site, stay.size)
-    stay.file = place.file(stay.span.start + stay.span.size)
-    stay.transfer = disk.write(stay.file, stay.span.start, tensor, stay.span, weakref.ref(stay))
-    place.count(out=stay.size)
-    _stays[number] = stay
+    stay = _new_stay(tensor, _stores[store])
+    stay.span = stay.store.space.take(site, stay.size)
+    stay.start = stay.span.start
+    stay.file = stay.store.file(stay.start + stay.span.size)
+    stay.transfer = disk.write(stay.file, stay.start, tensor, stay.span, weakref.ref(stay))
+    stay.store.count(out=stay.size)
+    return stay.ticket()
+
+
+def home(tensor: torch.Tensor, store: int) -> torch.Tensor:
+    """The ticket of a tensor that lies on the disk already; of one that does not, its memory stands in for the disk."""
+    stay = _new_stay(tensor, _stores[store])
+    at = homes.home_of(tensor)
+    if at is None:
+        stay.source = tensor
+    else:
+        stay.file, stay.start = at
+    return stay.ticket()
+
+
+def restore(tensor: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    """Start to copy a changed tensor back to the home that ``ticket`` stands for; returns the ticket of what is there
+    from then on. The storage stays until ``written``."""
+    there = _stay(ticket)
+    there.settle()
+    stay = _new_stay(tensor, there.store)
+    stay.file, stay.start, stay.source = there.file, there.start, there.source
+    if stay.file is None:
+        assert stay.source is not None
+        stay.source.untyped_storage().copy_(tensor.untyped_storage())
+    else:
+        stay.transfer = disk.write(stay.file, stay.start, tensor, None, weakref.ref(stay))
+        stay.store.count(out=stay.size)
     return stay.ticket()
 
 
@@ -143,14 +168,29 @@ def prefetch(ticket: torch.Tensor) -> torch.Tensor:
     dtype, device, offset, shape, stride = stay.shape
     memory = torch.empty(stay.size, dtype=torch.uint8, device=device).untyped_storage()
     tensor = torch.empty(0, dtype=dtype, device=device).set_(memory, offset, shape, stride)
-    stay.transfer = disk.read(stay.file, stay.span.start, tensor, stay.span, weakref.ref(stay))
-    stay.store.count(back=stay.size)
+    if stay.file is None:
+        assert stay.source is not None
+        memory.copy_(stay.source.untyped_storage())
+    else:
+        stay.transfer = disk.read(stay.file, stay.start, tensor, stay.span, weakref.ref(stay))
+        stay.store.count(back=stay.size)
     return tensor
 
 
 def wait(ticket: torch.Tensor, tensor: torch.Tensor) -> None:
     """Wait until ``tensor`` holds what was sent away."""
     _stay(ticket).settle()
+
+
+def _new_stay(tensor: torch.Tensor, store: Store) -> Stay:
+    number = next(_numbers)
+    stay = Stay(number.to_bytes(8, "little"))
+    stay.store, stay.size = store, tensor.untyped_storage().nbytes()
+    stay.shape = (tensor.dtype, tensor.device, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+    stay.file = stay.span = stay.source = stay.transfer = None
+    stay.start = 0
+    _stays[number] = stay
+    return stay
 
 
 def _stay(ticket: torch.Tensor) -> Stay:
@@ -160,7 +200,8 @@ def _stay(ticket: torch.Tensor) -> Stay:
             "a value saved for the backward is no longer on its tier: saved tensors may not be copied "
             "(torch.autograd.graph hooks such as save_on_cpu); drop the hooks or set swap.enabled=False"
         )
-    stay.file.check_owner()
+    if stay.span is not None and isinstance(stay.file, disk.SpillFile):
+        stay.file.check_owner()
     return stay
 
 

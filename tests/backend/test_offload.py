@@ -17,7 +17,7 @@ from memplan.problem import Problem
 from tests.peak import peak_above
 from tests.stays import with_stays
 
-OPTIONS = {"runtime_estimator": "analytic", "swap.tiers": "disk", "verify": False}
+OPTIONS = {"runtime_estimator": "analytic", "swap.tiers": "disk"}
 
 
 class Net(nn.Module):
