@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import with_effects
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import find_symbol_binding_fx_nodes, free_symbols, is_symbol_binding_fx_node
@@ -329,27 +331,33 @@ def _through(substitute: Callable[..., Callable[..., Any]]) -> Callable[..., Any
     return compile_graph
 
 
-def partition_by(partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]], uuid: str) -> Any:
-    """A context in which Inductor cuts joint graphs by ``partition``. ``uuid``: all that its answer depends on besides
-    the graph; Inductor's caches have it in their keys. AOTAutograd's own cache would keep ``partition`` from being asked.
-    """
-    from contextlib import ExitStack
+class _Partitioner(CustomPartitionerFn):
+    """What Inductor's caches see of a partition is its uuid, in pickles as well."""
 
+    def __init__(self, partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]], uuid: str) -> None:
+        self._partition, self._uuid = partition, uuid
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **keywords: Any) -> Any:
+        return self._partition(gm, joint_inputs, **keywords)
+
+    def uuid(self) -> str:
+        return self._uuid
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"_uuid": self._uuid}
+
+
+@contextmanager
+def partition_by(partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]], uuid: str) -> Iterator[None]:
+    """While it lasts, Inductor cuts joint graphs by ``partition``. ``uuid``: all that its answer depends on besides the
+    graph; Inductor's caches have it in their keys. AOTAutograd's own cache would keep ``partition`` from being asked.
+    """
     from torch._functorch import config as aot_config
     from torch._inductor import config
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-    class Partitioner(CustomPartitionerFn):
-        def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **keywords: Any) -> Any:
-            return partition(gm, joint_inputs, **keywords)
-
-        def uuid(self) -> str:
-            return uuid
-
-    stack = ExitStack()
-    stack.enter_context(config.patch(custom_partitioner_fn=Partitioner()))
-    stack.enter_context(aot_config.patch(enable_autograd_cache=False))
-    return stack
+    cut = config.patch(custom_partitioner_fn=_Partitioner(partition, uuid))
+    with cut, aot_config.patch(enable_autograd_cache=False):
+        yield
 
 
 def min_cut_partition(joint: fx.GraphModule, inputs: Any, **keywords: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
