@@ -81,7 +81,8 @@ class _Builder:
         self.capture, self.cost, self.granularity = capture, cost, granularity
         self.meanwhile, self.tiers = meanwhile, tiers
         self.buffers: list[Buffer] = []
-        self.buffer_at: dict[int, int] = {}  # storage key -> buffer
+        self.behind: dict[fx.Node, dict[int, int]] = {}  # node -> its fake tensors' storage keys -> buffers
+        self.given: dict[int, int] = {}  # storage keys of arguments and constants -> buffers
         self.buffer_of: dict[fx.Node, tuple[int, ...]] = {}
         self.ops: list[Op] = []
         self.nodes: list[tuple[fx.Node, ...]] = []
@@ -117,7 +118,7 @@ class _Builder:
         for i, node in enumerate(primals):
             given = known[i] if i < len(known) else Input()
             name = given.name or str(node.target)
-            self.buffer_of[node] = self._storages(node, given.category, name, given.module)
+            self._storages(node, self.given, given.category, name, given.module)
 
     def _phases(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         """Forward nodes first, each part in its stored order; backward is what needs a tangent or is tagged so, and
@@ -130,26 +131,27 @@ class _Builder:
         return sorted(nodes, key=lambda n: n in self.backward)
 
     def _tangents(self, placeholders: list[fx.Node]) -> None:
-        """The output's gradients: made by the caller at the start of the backward, and held by it to the end."""
+        """The output's gradients: made by the caller at the start of the backward, and held by it to the end.
+
+        Each is a tensor of its own, though its fake one may be the output itself, which may look at an input.
+        """
         for node in placeholders:
-            self.buffer_of[node] = self._storages(node, Category.GRADIENT, str(node.target))
+            self._storages(node, {}, Category.GRADIENT, str(node.target))
         made = tuple(dict.fromkeys(b for n in placeholders for b in self.buffer_of[n]))
         self.ops.append(Op(TANGENTS, TANGENTS, writes=made, workspace=self.meanwhile, phase=Phase.BACKWARD, once=True))
         self.nodes.append(tuple(placeholders))
 
     def _node(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self.buffer_of[node] = self._storages(node, Category.BUFFER, str(node.target))
+            self._storages(node, self.given, Category.BUFFER, str(node.target))
             return
         if is_getitem(node):
             self._getitem(node)
             return
-        source = view_source(node)
-        if source is not None:  # its fake tensor may have forgotten whose storage it looks at
-            for tensor in tensors(node.meta.get("val")):
-                self.buffer_at.setdefault(torch_compat.storage_key(tensor), self.buffer_of[source][0])
         before = len(self.buffers)
-        self.buffer_of[node] = self._storages(node, self._category(node), node.name)
+        operands = reversed(input_nodes(node))  # where keys clash, the first operand is the one an op looks at
+        known = {key: b for a in operands for key, b in self.behind.get(a, {}).items()}
+        self._storages(node, known, self._category(node), node.name)
         made = tuple(range(before, len(self.buffers)))
         mutated = tuple(b for a in _mutated_args(node) for b in self.buffer_of[a])
         if not made and not mutated and not _has_effect(node):
@@ -183,30 +185,52 @@ class _Builder:
         """A getitem of an op's tuple belongs to the op's run: kept apart it would hold the whole tuple."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        keys = [torch_compat.storage_key(t) for t in tensors(node.meta.get("val"))]
-        self.buffer_of[node] = tuple(self.buffer_at[k] for k in keys if k in self.buffer_at)
+        keys = {torch_compat.storage_key(t) for t in tensors(node.meta.get("val"))}
+        self.behind[node] = {key: b for key, b in self.behind[source].items() if key in keys}
+        self.buffer_of[node] = tuple(dict.fromkeys(self.behind[node].values()))
         for b in self.buffer_of[node] if CATEGORY in node.meta else ():
             self.buffers[b] = replace(self.buffers[b], category=node.meta[CATEGORY])
         owner = next((i for i in range(len(self.nodes) - 1, -1, -1) if source in self.nodes[i]), None)
         if owner is not None:
             self.nodes[owner] = (*self.nodes[owner], node)
 
-    def _storages(self, node: fx.Node, category: Category, name: str, module: str = "") -> tuple[int, ...]:
-        """The buffers behind a node's tensors; a storage seen for the first time becomes a new buffer."""
-        found = []
+    def _storages(self, node: fx.Node, known: dict[int, int], category: Category, name: str, module: str = "") -> None:
+        """Find the buffers behind a node's tensors: those of ``known``, by storage key, or new ones.
+
+        A result can only look at its op's operands: keys of other nodes are not asked, for a tangent's fake tensor
+        may share its key with an argument that it shares no memory with.
+        """
         parts = list(tensors(node.meta.get("val")))
+        source = view_source(node)
+        seen = self.behind[node] = {}
         for k, tensor in enumerate(parts):
             key = torch_compat.storage_key(tensor)
-            if key not in self.buffer_at:
-                size = torch_compat.size_hint(tensor.untyped_storage().nbytes())
-                rounded = -(-size // self.granularity) * self.granularity
-                if tensor.device.type == "cpu" and size >= _MAPPED:
-                    rounded += _PAGE
+            if key in seen:
+                continue
+            if key in known:
+                seen[key] = known[key]
+            elif source is not None:  # its fake tensor may have forgotten whose storage it looks at
+                seen[key] = self.buffer_of[source][0]
+            else:
                 label = name if len(parts) == 1 else f"{name}.{k}"
-                self.buffers.append(Buffer(label, rounded, category, module or module_path(node), source_line(node)))
-                self.buffer_at[key] = len(self.buffers) - 1
-            found.append(self.buffer_at[key])
-        return tuple(dict.fromkeys(found))
+                size = self._bytes(tensor, dense=is_tangent(node))
+                seen[key] = len(self.buffers)
+                self.buffers.append(Buffer(label, size, category, module or module_path(node), source_line(node)))
+        if known is self.given:
+            self.given.update(seen)
+        self.buffer_of[node] = tuple(dict.fromkeys(seen.values()))
+
+    def _bytes(self, tensor: torch.Tensor, dense: bool) -> int:
+        """What the allocator takes for a tensor's storage; ``dense``: for the part of it that the tensor spans."""
+        size = torch_compat.size_hint(tensor.untyped_storage().nbytes())
+        if dense:
+            dims = [
+                (torch_compat.size_hint(n), torch_compat.size_hint(s)) for n, s in zip(tensor.shape, tensor.stride())
+            ]
+            spanned = 1 + sum((n - 1) * step for n, step in dims)
+            size = min(size, spanned * tensor.element_size()) if all(n for n, _ in dims) else 0
+        rounded = -(-size // self.granularity) * self.granularity
+        return rounded + (_PAGE if tensor.device.type == "cpu" and size >= _MAPPED else 0)
 
     def _phase(self, node: fx.Node) -> Phase:
         return node.meta.get(PHASE, Phase.BACKWARD if node in self.backward else Phase.FORWARD)

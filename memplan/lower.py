@@ -61,7 +61,7 @@ class _Lowering:
 
     def lower(self) -> Lowered:
         inputs = [n for n in self.nodes if n.op == "placeholder"]
-        late = [n for n in inputs if is_tangent(n)] if self.backward_from > len(inputs) else []  # joint graphs only
+        late = [n for n in inputs if is_tangent(n)] if self.backward_from else []  # joint graphs only
         for node in inputs:
             self._slot(node)
         resident = [s for n in inputs for s in self._stored(n) if not self._has_home(n)]
@@ -76,12 +76,12 @@ class _Lowering:
         self._free(deaths[-1], drops[-1])
         for at, node in enumerate(self.nodes):
             if tangents and at == self.backward_from:
-                workspace = next(op.workspace for op in self.problem.ops if op.name == TANGENTS)
-                handover = Step(StepKind.RUN, TANGENTS, Phase.BACKWARD, makes=tuple(tangents), workspace=workspace)
-                self._emit(handover, Binding())
+                self._handover(tangents)
             if node.op != "placeholder" and not self._with_its_kernel(node):
                 self._call(at, node, made.get(node, []))
             self._free(deaths[at], drops[at])
+        if tangents and self.backward_from >= len(self.nodes):  # a backward in which nothing runs
+            self._handover(tangents)
         program = Program(
             tuple(self.storages),
             tuple(s for s in dict.fromkeys(resident) if s not in tangents),
@@ -91,13 +91,19 @@ class _Lowering:
         outputs = tuple(self.output.args[0])  # type: ignore[arg-type]
         return Lowered(program, tuple(self.bindings), self.slot_of, len(inputs), outputs)
 
+    def _handover(self, tangents: list[int]) -> None:
+        """The caller hands the output's gradients to the backward."""
+        workspace = next(op.workspace for op in self.problem.ops if op.name == TANGENTS)
+        self._emit(Step(StepKind.RUN, TANGENTS, Phase.BACKWARD, makes=tuple(tangents), workspace=workspace), Binding())
+
     def _slot(self, node: fx.Node) -> int:
         return self.slot_of.setdefault(node, len(self.slot_of))
 
     def _stored(self, node: fx.Node) -> list[int]:
         """Find the storages behind a node's tensors; returns those that the node makes."""
-        given = node.op in ("placeholder", "get_attr")  # arguments may be views of one storage
-        known = self.given if given else {k: s for a in input_nodes(node) for k, s in self.behind[a].items()}
+        given = node.op in ("placeholder", "get_attr") and not is_tangent(node)  # arguments may be views of one storage
+        operands = reversed(input_nodes(node))  # where keys clash, the first operand is the one an op looks at
+        known = self.given if given else {key: s for a in operands for key, s in self.behind[a].items()}
         seen = self.behind[node] = {}
         fresh: list[int] = []
         for tensor in tensors(node.meta.get("val")):

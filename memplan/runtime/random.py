@@ -31,12 +31,12 @@ def rng_state(device: str) -> torch.Tensor:
     return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device)
 
 
-def draw(state: torch.Tensor, device: str, op: Any, *args: Any, **kwargs: Any) -> Any:
+def draw(state: torch.Tensor, device: str, op: Any, /, *args: Any, **kwargs: Any) -> Any:
     """The first run of a random op: advances the generator. ``state`` is what it was just before."""
     return op(*args, **kwargs)
 
 
-def replay(state: torch.Tensor, device: str, op: Any, *args: Any, **kwargs: Any) -> Any:
+def replay(state: torch.Tensor, device: str, op: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a random op again from ``state``; the generator is left as it was found."""
     now = rng_state(device)
     try:
