@@ -85,6 +85,36 @@ def _lines(model: str, rows: dict[str, Record]) -> Iterator[tuple[str, ...]]:
         )
 
 
+def by_model(data: Record) -> str:
+    """The same in short: one line a model. Peaks in MB, times relative to eager's; a cell without a time has none."""
+    header = (
+        "model",
+        "eager MB",
+        "blocks MB",
+        "time",
+        "memplan MB",
+        "time",
+        *(f"at {s} %" for s in SHARES),
+        "least MB",
+    )
+    return markdown(header, [_in_short(model, rows) for model, rows in data["rows"].items()]) + "\n"
+
+
+def _in_short(model: str, rows: dict[str, Record]) -> tuple[str, ...]:
+    eager, blocks, ours = (rows.get(key, {}) for key in (*RIVALS, "memplan"))
+    at = (rows.get(f"memplan@{share}%", {}) for share in SHARES)
+    return (
+        model,
+        megabytes(eager.get("peak")),
+        megabytes(blocks.get("peak")),
+        ratio(time_ratio(blocks)),
+        megabytes(ours.get("peak")),
+        ratio(time_ratio(ours)),
+        *("refused" if "infeasible" in record else ratio(time_ratio(record)) for record in at),
+        megabytes(rows.get(SMALLEST, {}).get("peak")),
+    )
+
+
 def summary(data: Record) -> Iterator[str]:
     """Counts over all rows of memplan: promises kept, predictions within 2 %, exactness."""
     rows = [(row, group) for group in data["rows"].values() for key, row in group.items() if key.startswith("memplan")]
@@ -124,8 +154,10 @@ def main() -> None:
         models = [Model(n, given.size, dropout) for n, dropout in chosen if not dropout or zoo.MODELS[n].has_dropout]
         with Bench(results, given.pairs, given.threads, given.force) as bench:
             run(bench, models, given.stock)
-    written = table(results.data) + "\n" + "\n".join(f"- {line}" for line in summary(results.data)) + "\n"
+    counts = "\n".join(f"- {line}" for line in summary(results.data)) + "\n"
+    written = table(results.data) + "\n" + counts
     path.with_suffix(".md").write_text(written)
+    path.with_name(f"{path.stem}_by_model.md").write_text(by_model(results.data) + "\n" + counts)
     Console(width=200).print(written, markup=False)
 
 
