@@ -6,6 +6,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from memplan.passes.split import Split
 from memplan.pieces import Model, Models, Piece
 from memplan.planner import NOTHING, Elsewhere, Planned, plan_capture
 from memplan.problem import Category
-from memplan.runtime import native
+from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
 
@@ -73,7 +74,7 @@ def compile_with(
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Callable[..., Any], Planned | None]:
     """Compile one of dynamo's graphs; what it runs as, and its plan (None for one that runs unplanned)."""
-    graph = _Graph(options, graph_inputs(graph_module), elsewhere, progress)
+    graph = _Graph(options, graph_inputs(graph_module, example_inputs), elsewhere, progress)
     backend = torch_compat.aot_backend(
         forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
     )
@@ -170,16 +171,18 @@ def warn_unplanned(reason: UnsupportedError) -> None:
     log.warning("memplan runs a graph unplanned, its memory is not limited: %s", reason)
 
 
-def graph_inputs(graph_module: fx.GraphModule) -> list[Input]:
-    """What each placeholder of dynamo's graph is, by the name dynamo gives to where it came from."""
+def graph_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list[Input]:
+    """What each placeholder of dynamo's graph is, by the name dynamo gives to where it came from; of parameters also
+    where they lie, by ``example_inputs``."""
     found = []
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
-            name = str(node.target)
-            is_parameter = "_parameters_" in name or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-            is_buffer = "_buffers_" in name
-            category = Category.PARAMETER if is_parameter else Category.BUFFER if is_buffer else Category.INPUT
-            found.append(Input(category, input_name(torch_compat.dynamo_source(node))))
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    for node, example in zip_longest(placeholders, example_inputs[: len(placeholders)]):
+        name = str(node.target)
+        is_parameter = "_parameters_" in name or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+        is_buffer = "_buffers_" in name
+        category = Category.PARAMETER if is_parameter else Category.BUFFER if is_buffer else Category.INPUT
+        home = homes.tier_of(example) if is_parameter else ""
+        found.append(Input(category, input_name(torch_compat.dynamo_source(node)), home))
     return found
 
 

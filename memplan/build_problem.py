@@ -119,6 +119,9 @@ class _Builder:
             given = known[i] if i < len(known) else Input()
             name = given.name or str(node.target)
             self._storages(node, self.given, given.category, name, given.module)
+            if given.home in [tier.name for tier in self.tiers]:
+                for b in self.buffer_of[node]:
+                    self.buffers[b] = replace(self.buffers[b], home=given.home)
 
     def _phases(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         """Forward nodes first, each part in its stored order; backward is what needs a tangent or is tagged so, and
@@ -248,6 +251,8 @@ class _Builder:
             for b in members:
                 if self.buffers[b].category in (Category.ACTIVATION, Category.TEMPORARY):
                     self.buffers[b] = replace(self.buffers[b], category=kind)
+        for b in (*forward, *later):  # the caller holds it from the start
+            self.buffers[b] = replace(self.buffers[b], home="")
         self._temporaries(set(forward) | set(later))
         return Problem(
             tuple(self.ops),

@@ -26,6 +26,7 @@ class Input(NamedTuple):
 
     category: Category = Category.INPUT
     name: str = ""  # path of a parameter or buffer in its model ("h.0.attn.weight"), name of an argument, '' if unknown
+    home: str = ""  # the tier where it lies between steps ("disk"); '': the device
 
     @property
     def module(self) -> str:

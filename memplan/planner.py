@@ -87,7 +87,9 @@ def plan_capture(
 
     Raises BudgetInfeasibleError when no plan fits, PlanError when a solver's plan breaks a rule (a bug).
     """
-    tiers = slower_tiers(options, capture.device_type)
+    limited = options.memory_budget is not None or options.objective == "peak"
+    homes = {given.home for given in capture.inputs if given.home}
+    tiers = slower_tiers(options, capture.device_type, homes) if limited else ()
     built = build_problem(capture, cost, granularity, elsewhere.meanwhile, tiers)
     problem = built.problem
     stored = tuple(range(len(problem.ops)))

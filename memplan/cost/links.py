@@ -15,7 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache as once
 from pathlib import Path
 
@@ -33,8 +33,9 @@ _SIZES = (256 * 1024, 4 * 1024**2, 32 * 1024**2)
 _REPETITIONS = 3
 
 
-def slower_tiers(options: Options, device_type: str) -> tuple[Tier, ...]:
-    """The tiers that ``swap.tiers`` asks for, as they are here: rates a microsecond, room at this instant.
+def slower_tiers(options: Options, device_type: str, homes: Collection[str] = ()) -> tuple[Tier, ...]:
+    """The tiers that ``swap.tiers`` asks for and those where weights lie, as they are here: rates a microsecond, room at
+    this instant.
 
     The host is a tier only of a device that is not the host. Raises OptionError for an unknown tier and for a directory
     in which no file can be made.
@@ -42,7 +43,7 @@ def slower_tiers(options: Options, device_type: str) -> tuple[Tier, ...]:
     if not options.swap_enabled:
         return ()
     found = []
-    for name in dict.fromkeys(part.strip() for part in options.swap_tiers.split(",")):
+    for name in dict.fromkeys([*(part.strip() for part in options.swap_tiers.split(",")), *sorted(homes)]):
         if name == "disk":
             found.append(_disk_tier(options))
         elif name == "host" and device_type != "cpu":
@@ -81,12 +82,13 @@ def disk_link(directory: str | Path, *, direct: bool = False, cache: Cache | Non
     """The link from memory to the disk under ``directory``, measured once and cached.
 
     A buffered write counts until the data is on the disk, and a buffered read comes from it, not from the page cache.
-    ``direct`` passes the page cache by, where the file system allows it (tmpfs does not: measured buffered then).
+    ``direct`` passes the page cache by, into a file that is allocated beforehand, where the file system allows it
+    (measured buffered elsewhere).
     Raises OSError when the directory cannot be written or is full.
     """
     place = Path(directory).resolve()
     cache = cache or Cache(f"links of {platform.node()}")
-    key = f"disk {os.stat(place).st_dev} {place} {'direct' if direct else 'buffered'}"
+    key = f"disk {os.stat(place).st_dev} {'direct, allocated' if direct else 'buffered'}"
     return _cached(cache, key, lambda: _measure_disk(place, direct))
 
 
@@ -111,22 +113,24 @@ def _measure_disk(directory: Path, direct: bool) -> Link:
     handle, name = tempfile.mkstemp(prefix="memplan-link-", dir=directory)
     os.close(handle)
     try:
-        flag = os.O_DIRECT if direct and hasattr(os, "O_DIRECT") else 0
+        direct = direct and hasattr(os, "O_DIRECT")
         try:
-            file = os.open(name, os.O_RDWR | flag)
+            file = os.open(name, os.O_RDWR | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if error.errno != errno.EINVAL:  # the answer of a file system without direct access
                 raise
-            file = os.open(name, os.O_RDWR)
+            file, direct = os.open(name, os.O_RDWR), False
         try:
-            return _disk_lines(file)
+            if direct:
+                os.posix_fallocate(file, 0, max(_SIZES))
+            return _disk_lines(file, direct)
         finally:
             os.close(file)
     finally:
         os.unlink(name)
 
 
-def _disk_lines(file: int) -> Link:
+def _disk_lines(file: int, direct: bool) -> Link:
     with mmap.mmap(-1, max(_SIZES)) as memory:  # page-aligned, as direct access asks
         memory.write(os.urandom(1 << 16) * (max(_SIZES) >> 16))  # a compressing disk gains nothing
         with memoryview(memory) as view:
@@ -135,7 +139,8 @@ def _disk_lines(file: int) -> Link:
                 done = 0
                 while done < size:
                     done += os.pwrite(file, view[done:size], done)
-                os.fdatasync(file)
+                if not direct:
+                    os.fdatasync(file)
 
             def read(size: int) -> None:
                 done = 0
@@ -183,8 +188,17 @@ def _line(transfer: Callable[[int], None], before: Callable[[], None] = lambda: 
 
 
 def fit_line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
-    """Intercept and slope of ``times`` over ``sizes``; an intercept below zero is noise and becomes zero."""
-    slope, intercept = statistics.linear_regression(sizes, times)
+    """Intercept and slope of ``times`` over ``sizes``; an intercept below zero is noise and becomes zero.
+
+    Errors count in proportion to the size: the noise of a long transfer would drown the latency of a short one.
+    """
+    weights = [1 / size**2 for size in sizes]
+    total = sum(weights)
+    x = sum(w * size for w, size in zip(weights, sizes, strict=True)) / total
+    y = sum(w * seconds for w, seconds in zip(weights, times, strict=True)) / total
+    spread = sum(w * (size - x) ** 2 for w, size in zip(weights, sizes, strict=True))
+    slope = sum(w * (a - x) * (b - y) for w, a, b in zip(weights, sizes, times, strict=True)) / spread
+    intercept = y - slope * x
     if intercept < 0 or slope <= 0:
         return 0.0, sum(times) / sum(sizes)
     return intercept, slope

@@ -79,6 +79,13 @@ def on_disk(tensor: torch.Tensor, directory: str | None = None) -> torch.Tensor:
     return mapped(memory, 0, source.shape, source.dtype).copy_(source)
 
 
+def tier_of(value: object) -> str:
+    """The tier on which a parameter lies between steps; '' for one in memory, and for what is no real tensor."""
+    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return ""
+    return DISK if home_of(value) is not None else ""
+
+
 def home_of(tensor: torch.Tensor) -> Home | None:
     """Where the bytes of a tensor's storage lie; None for one in memory, or changed there since it was mapped."""
     if tensor.device.type != "cpu" or tensor.is_inference():
