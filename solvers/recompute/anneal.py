@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from memplan.solvers.recompute.arrays import Floats, Graph, Ints
-from memplan.solvers.recompute.moves import CHAIN_BITS, draw, drop, recompute, shift, unit
+from memplan.solvers.recompute.moves import CHAIN_BITS, drag, draw, drop, recompute, shift, unit
 from memplan.solvers.recompute.state import BROKEN, LENGTH, LOAD, NEW_OVER, OP, OVER, RUN, N, keep, undo, weigh
 
 
@@ -60,7 +60,7 @@ def record(s, time, best):
             best.low_seq[t] = s[OP, s[RUN, t]]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def anneal(g, duration, s, work, best, time, steps, hot, cold, price, random):
     """``steps`` moves with the temperature falling from ``hot`` to ``cold`` (time units); returns the time at the end.
 
@@ -78,6 +78,8 @@ def anneal(g, duration, s, work, best, time, steps, hot, cold, price, random):
             edited = recompute(g, duration, s, work, price[0], random)
         elif kind < 70:
             edited = drop(g, s, random)
+        elif kind < 85:
+            edited = drag(g, s, work, random)
         else:
             edited = shift(g, s, work, random)
         if not edited:

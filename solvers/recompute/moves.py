@@ -46,6 +46,7 @@ from memplan.solvers.recompute.state import (
 # Rows of the moves' scratch table.
 CHOSEN, SEEN = 0, 1  # ops of the chain at hand; per op: the last chain that chose it
 CHAIN, FOUND = 2, 3  # one entry: the chain at hand; what ``look`` found
+FAR = 30  # the farthest that a run is moved with what stands in its way
 TRIES = 12  # draws in search of an idle buffer over one position
 CHAIN_BITS = 9  # one move inserts below 2^9 runs; the bound is drawn, as long chains are rarely wanted and costly
 
@@ -249,6 +250,69 @@ def shift(g, s, w, random):
     for k in range(width):
         insert(g, s, k, s[OP, s[RUN, start + k]])
     return True
+
+
+@njit(cache=True)
+def drag(g, s, w, random):
+    """Edit: move a run some places and with it what stands in its way: its readers, or what it reads."""
+    length = s[N, LENGTH]
+    start = draw(random, length)
+    far = 1 + draw(random, FAR)
+    if draw(random, 2) == 0:
+        to = min(length - 1, start + far + 1)
+        count = _readers_before(g, s, w, start, to)
+    else:
+        to = max(0, start - far)
+        count = _makers_from(g, s, w, start, to)
+    if count == 0 or to == start or to == start + 1:
+        return False
+    begin(s, to, count)
+    for k in range(count):
+        remove(g, s, s[RUN, w[CHOSEN, k]])
+    for k in range(count):
+        insert(g, s, k, s[OP, s[RUN, w[CHOSEN, k]]])
+    return True
+
+
+@njit(cache=True)
+def _readers_before(g, s, w, start, to):
+    """List in ``w[CHOSEN]``, ascending, position ``start`` and those before ``to`` that need its results."""
+    w[CHAIN, 0] += 1
+    mark = w[CHAIN, 0]
+    w[CHOSEN, 0] = start
+    w[SEEN, s[OP, s[RUN, start]]] = mark
+    count = 1
+    for t in range(start + 1, to):
+        i = s[OP, s[RUN, t]]
+        w[SEEN, i] = 0  # from here on its newest copy is this one
+        for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+            if w[SEEN, g[WRITER, g[READS, k]]] == mark:
+                w[SEEN, i] = mark
+                w[CHOSEN, count] = t
+                count += 1
+                break
+    return count
+
+
+@njit(cache=True)
+def _makers_from(g, s, w, start, to):
+    """List in ``w[CHOSEN]``, ascending, position ``start`` and those from ``to`` on whose results it needs."""
+    w[CHAIN, 0] += 1
+    mark = w[CHAIN, 0]
+    count = 0
+    w[SEEN, s[OP, s[RUN, start]]] = mark
+    for t in range(start, to - 1, -1):
+        i = s[OP, s[RUN, t]]
+        if w[SEEN, i] != mark:
+            continue
+        w[SEEN, i] = 0  # an older copy is not read
+        w[CHOSEN, count] = t
+        count += 1
+        for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+            w[SEEN, g[WRITER, g[READS, k]]] = mark
+    for k in range(count // 2):
+        w[CHOSEN, k], w[CHOSEN, count - 1 - k] = w[CHOSEN, count - 1 - k], w[CHOSEN, k]
+    return count
 
 
 @njit(cache=True)

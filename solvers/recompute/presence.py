@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 
 from memplan.problem import Phase, Problem
 
-REFINEMENTS = 6  # programs one after the other; each costs about as much as the ones before together
+REFINEMENTS = 10  # programs one after the other; each costs about as much as the ones before together
 LARGEST = 150_000  # columns of a program: 10 s for HiGHS
 SECONDS = 8.0  # the programs of training graphs take up to 2 s; those of dense random graphs may take minutes; more per 5,000 columns
 NODES = 30  # most of the proof is there at the root: more nodes changed no bound of the public graphs by 0.01 %
@@ -31,17 +31,25 @@ class Presence:
     sequence: tuple[int, ...] | None
 
 
-def presence(problem: Problem, budget: int, at: list[int], nodes: int = NODES, seconds: float = SECONDS) -> Presence:
-    """Solve the program for ``budget`` bytes, resident buffers included, kept at the ascending positions ``at``.
+def presence(
+    problem: Problem,
+    budget: int,
+    at: list[int],
+    nodes: int = NODES,
+    seconds: float = SECONDS,
+    before: Sequence[int] | None = None,
+) -> Presence:
+    """Solve the program for ``budget`` bytes, resident buffers included, kept when the ops ``at`` run first.
+
+    ``before``: for each op those that run no later, itself included, as bits; ``at`` must be a chain of it. Without it
+    the first runs stand in stored order.
 
     ``nodes`` above 0: variables are whole, and HiGHS may branch so often; what it has proven by then counts. Whole
     variables bound far better: on the public residual network at half its memory 12.2 % against 9.6 %. ``seconds`` is
     a stop for graphs that HiGHS finds hard; a solution cut off by it is not used, so that plans repeat.
     """
     room = budget - problem.resident_bytes
-    rows = _Rows(problem, at)
-    for k in range(len(at) + 1):
-        rows.interval(k)
+    rows = _Rows(problem, at, before or stored_order(problem))
     for k in range(len(at)):
         rows.position(k, room)
     shape = (len(rows.limits), len(rows.cost))
@@ -100,6 +108,11 @@ def _rebuild(problem: Problem, lost: list[int], here: set[int]) -> list[int]:
     return sorted(again)
 
 
+def stored_order(problem: Problem) -> list[int]:
+    """For each op, as bits, the ops up to it in the stored order."""
+    return [(2 << i) - 1 for i in range(len(problem.ops))]
+
+
 def _loads(problem: Problem) -> list[int]:
     """Bytes beyond the resident ones at every position of the stored order."""
     n = len(problem.ops)
@@ -151,88 +164,137 @@ def refine(
             lowest, best = max(loads), replace(best, sequence=found.sequence)
         if max(loads) <= room:
             break
-        at = sorted({*at, *_worst(found.sequence, loads, room, set(at))})
+        more = _worst(found.sequence, loads, room, set(at))
+        if not more:
+            break
+        at = sorted({*at, *more})
     return best
 
 
 def _worst(sequence: tuple[int, ...], loads: Sequence[int], room: int, known: set[int]) -> list[int]:
-    """The stored positions, two at most, during whose stages the loads are furthest over ``room``."""
+    """The stored positions, two at most, in or before whose stages the loads are furthest over ``room``.
+
+    Before: what runs again in the stage of a known position may be over the budget, for which the one before may help.
+    """
     stage, over = 0, dict[int, int]()
     for t, i in enumerate(sequence):
         stage = max(stage, i)
-        if loads[t] > room and stage not in known:
-            over[stage] = max(over.get(stage, 0), loads[t] - room)
+        at = stage - 1 if stage in known else stage
+        if loads[t] > room and at >= 0 and at not in known:
+            over[at] = max(over.get(at, 0), loads[t] - room)
     return sorted(over, key=lambda t: (-over[t], t))[:2]
 
 
 class _Rows:
-    """Rows ``Σ factor · variable ≤ limit``. Variables: p[b, k], b is present at position k; y[i, k], op i runs again in
-    the interval that ends there. Both are laid out as one block of buffers and ops a position.
+    """Rows ``Σ factor · variable ≤ limit``, laid out as one block a position k, the end of interval k.
+
+    Variables: p[b, k], b is present at position k; y[i, k], op i runs again in interval k, having run before it;
+    x[i, k], op i has run by position k. x is known where ``before`` tells it: then it is one of the first two columns.
     """
 
-    def __init__(self, problem: Problem, at: list[int]) -> None:
-        self.problem, self.at = problem, at
-        self.buffers, self.ops = len(problem.buffers), len(problem.ops)
-        self.width = (self.buffers + self.ops) * (len(at) + 1) // 2 + 1
-        self.cost = np.zeros(2 * self.width)
-        self.high = np.zeros(2 * self.width)
-        self.low = np.zeros(2 * self.width)
+    ZERO, ONE = 0, 1
+
+    def __init__(self, problem: Problem, at: list[int], before: Sequence[int]) -> None:
+        self.problem, self.at, self.before = problem, at, before
+        self.buffers, self.ops, self.last = len(problem.buffers), len(problem.ops), len(at)
+        width = 2 + (self.buffers + 2 * self.ops) * (self.last + 1)
+        self.cost, self.low, self.high = np.zeros(width), np.zeros(width), np.zeros(width)
+        self.low[self.ONE] = self.high[self.ONE] = 1.0
         self.lines: list[int] = []
         self.columns: list[int] = []
         self.values: list[float] = []
         self.limits: list[float] = []
-        begin = next((t for t, op in enumerate(problem.ops) if op.phase != Phase.FORWARD), self.ops)
-        self.begin = begin
-        self.held = {b for b in problem.forward_outputs if problem.writer[b] >= 0 and begin < self.ops}
+        backward = any(op.phase != Phase.FORWARD for op in problem.ops)
+        self.held = {b for b in problem.forward_outputs if problem.writer[b] >= 0 and backward}
+        for k in range(self.last + 1):
+            self.interval(k)
+        for i in range(self.ops):
+            self.first_run(i)
+        for b in problem.outputs:
+            if problem.writer[b] >= 0:
+                self.row((1.0, self.ran(problem.writer[b], self.last - 1)), *self.had(b, self.last, self.last))
 
     def present(self, b: int, k: int) -> int:
-        return k * (self.buffers + self.ops) + b
+        return 2 + k * (self.buffers + 2 * self.ops) + b if k >= 0 else self.ZERO
 
     def again(self, i: int, k: int) -> int:
-        return k * (self.buffers + self.ops) + self.buffers + i
+        return 2 + k * (self.buffers + 2 * self.ops) + self.buffers + i
 
-    def row(self, limit: float, *terms: tuple[float, int]) -> None:
+    def ran(self, i: int, k: int) -> int:
+        """The column of x[i, k]."""
+        if k < 0:
+            return self.ZERO
+        if k >= self.last or self.before[self.at[k]] >> i & 1:
+            return self.ONE
+        if self.before[i] >> self.at[k] & 1:
+            return self.ZERO
+        return 2 + k * (self.buffers + 2 * self.ops) + self.buffers + self.ops + i
+
+    def row(self, *terms: tuple[float, int], limit: float = 0.0) -> None:
         for factor, column in terms:
-            self.lines.append(len(self.limits))
-            self.columns.append(column)
-            self.values.append(factor)
+            if column != self.ZERO:
+                self.lines.append(len(self.limits))
+                self.columns.append(column)
+                self.values.append(factor)
         self.limits.append(limit)
 
-    def interval(self, k: int) -> None:
-        """What happens after position k - 1, up to position k."""
-        ops, writer, n = self.problem.ops, self.problem.writer, self.ops
-        first = self.at[k - 1] + 1 if k else 0  # first runs of this interval
-        stop = self.at[k] + 1 if k < len(self.at) else n
-        for i in range(min(stop, n)):
-            if not ops[i].once and i < first:
-                self.high[self.again(i, k)] = 1.0
-                self.cost[self.again(i, k)] = ops[i].time
-                for u in self.problem.operands[i]:
-                    self.back(k, writer[u], u, self.again(i, k))
-        needed = {u for i in range(first, stop) for u in self.problem.operands[i] if writer[u] < first}
-        if stop == n and k == len(self.at):
-            needed |= {b for b in self.problem.outputs if 0 <= writer[b] < first}
-        for u in needed:
-            self.row(-1.0, (-1.0, self.present(u, k - 1)), (-1.0, self.again(writer[u], k)))
-        if k < len(self.at):
-            for b, w in enumerate(writer):
-                if 0 <= w < first:
-                    self.back(k, w, b, self.present(b, k))
+    def had(self, b: int, low: int, high: int) -> list[tuple[float, int]]:
+        """Minus: b is present at position ``low`` - 1 or made again in an interval from ``low`` to ``high``."""
+        w = self.problem.writer[b]
+        return [(-1.0, self.present(b, low - 1)), *((-1.0, self.again(w, k)) for k in range(low, high + 1))]
 
-    def back(self, k: int, w: int, b: int, variable: int) -> None:
-        """``variable`` needs b of op w: there at position k - 1, or made again since."""
-        self.row(0.0, (1.0, variable), (-1.0, self.present(b, k - 1)), (-1.0, self.again(w, k)))
+    def interval(self, k: int) -> None:
+        """What may be there at position k, from what was there at the position before."""
+        for i, op in enumerate(self.problem.ops):
+            then, now = self.ran(i, k - 1), self.ran(i, k)
+            if then != self.ZERO and not op.once:
+                self.high[self.again(i, k)] = 1.0
+                self.cost[self.again(i, k)] = op.time
+                for u in self.problem.operands[i]:
+                    self.row((1.0, self.again(i, k)), *self.had(u, k, k))
+            if k == self.last or now == self.ZERO:
+                continue
+            if then != now:
+                if now != self.ONE:
+                    self.unknown(i, k)
+                continue  # its first run may be in this interval
+            for b in op.writes:
+                self.row((1.0, self.present(b, k)), *self.had(b, k, k))
+
+    def unknown(self, i: int, k: int) -> None:
+        """Whether op i has run by position k is for the program to say: not before its operands, and for good."""
+        self.high[self.ran(i, k)] = 1.0
+        self.row((-1.0, self.ran(i, k)), (1.0, self.ran(i, k - 1)))
+        for j in {
+            *(self.problem.writer[u] for u in self.problem.operands[i]),
+            *self.problem.ops[i].after,
+            *self.problem.ops[i].after_all,
+        }:
+            if self.ran(j, k) != self.ONE:
+                self.row((1.0, self.ran(i, k)), (-1.0, self.ran(j, k)))
+        for b in self.problem.ops[i].writes:
+            first = ((-1.0, self.ran(i, k)), (1.0, self.ran(i, k - 1)))
+            self.row((1.0, self.present(b, k)), *first, *self.had(b, k, k))
+
+    def first_run(self, i: int) -> None:
+        """Op i runs first in one of the intervals ``low`` to ``high``; its operands are there then."""
+        low = next((k for k in range(self.last, 0, -1) if self.ran(i, k - 1) == self.ZERO), 0)
+        high = next((k for k in range(low, self.last) if self.ran(i, k) == self.ONE), self.last)
+        for k in range(max(1, low), high + 1):
+            for u in self.problem.operands[i]:
+                made = self.ran(self.problem.writer[u], k - 1)
+                if made != self.ZERO:  # its writer has run by position k - 1 and op i has not: it is used later
+                    self.row((1.0, made), (-1.0, self.ran(i, k - 1)), *self.had(u, k, high))
 
     def position(self, k: int, room: int) -> None:
         """The budget at position k, in units of itself; the running op's operands and results are there."""
-        t = self.at[k]
-        op, writer = self.problem.ops[t], self.problem.writer
-        used = {*self.problem.operands[t], *op.writes} | (self.held if t >= self.begin else set())
+        op, writer = self.problem.ops[self.at[k]], self.problem.writer
+        used = {*self.problem.operands[self.at[k]], *op.writes} | (self.held if op.phase != Phase.FORWARD else set())
         unit = max(1, room)
         terms = []
         for b in range(self.buffers):
-            if 0 <= writer[b] <= t:
+            if writer[b] >= 0 and self.ran(writer[b], k) != self.ZERO:
                 self.high[self.present(b, k)] = 1.0
                 self.low[self.present(b, k)] = float(b in used)
                 terms.append((self.problem.buffers[b].size / unit, self.present(b, k)))
-        self.row((room - op.workspace) / unit, *terms)
+        self.row(*terms, limit=(room - op.workspace) / unit)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,9 +14,11 @@ from memplan.errors import PlanError
 from memplan.outcome import Limits, Status
 from memplan.plans import Plan
 from memplan.problem import Problem
-from memplan.solvers.recompute.anneal import anneal, new_best, new_work
+from memplan.solvers.order import solve_order
+from memplan.solvers.recompute.anneal import anneal, new_best, new_work, record
 from memplan.solvers.recompute.arrays import Graph, pack
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
+from memplan.solvers.recompute.orderless import any_order_bound
 from memplan.solvers.recompute.presence import refine
 from memplan.solvers.recompute.reach import proves_infeasible, reach_bound
 from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
@@ -29,6 +33,8 @@ HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
 LONG = (1.0, 1.0, 0.01)
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
+ORDER_WORK = 0.1  # of the order solver's default effort, for an order that needs no recomputation or a good start
+EXACT = 1e-6  # of the added time: the tolerance to which HiGHS keeps constraints, so a bound this close is met
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
 LOWERINGS = 20  # targets that a search for the lowest peak sets itself one after the other
 FIRST_PRICE = 0.05  # all bytes over the budget of the first sequence together cost this share of the total time
@@ -39,17 +45,20 @@ def default_moves(ops: int) -> int:
     return max(120 * ops, min(2_000_000, max(800_000, 1_000_000_000 // max(1, ops))))
 
 
+T = TypeVar("T")
+
+
 class Search:
     """The state of a search on one problem, and the best sequences it has met."""
 
-    def __init__(self, problem: Problem, limits: Limits) -> None:
+    def __init__(self, problem: Problem, limits: Limits, deadline: float | None = None) -> None:
         self.problem, self.limits = problem, limits
         self.graph: Graph = pack(problem)
         capacity = 4 * len(problem.ops) + 64
         self.state = new_state(self.graph, capacity)
         self.work = new_work(self.graph)
         self.random = np.array([1 + (limits.seed * 7919 + 12345) % 2147483646], np.int64)
-        self.deadline = limits.deadline()
+        self.deadline = limits.deadline() if deadline is None else deadline
         self.best = new_best(capacity)
         self.time = 0.0
         self.moves = int(limits.work * default_moves(len(problem.ops)))
@@ -108,6 +117,31 @@ class Search:
         self.price = float(price[0])
         self.say(f"round done: best time {self.best.time[0]:.6g}, lowest peak {self.best.low[1]}")
 
+    def twin(self) -> Search:
+        """A search of its own on the same problem, with other random numbers."""
+        return Search(self.problem, replace(self.limits, seed=self.limits.seed + 1), self.deadline)
+
+    def adopt(self, other: Search) -> None:
+        """Take over the better of the other search's sequences."""
+        if other.best.time[0] < self.best.time[0]:
+            self.best.time[0], self.best.length[0] = other.best.time[0], other.best.length[0]
+            self.best.seq[:] = other.best.seq
+        if other.best.low[1] < self.best.low[1]:
+            self.best.low[:] = other.best.low
+            self.best.low_seq[:] = other.best.low_seq
+
+    def beside(self, mine: Callable[[], None], other: Callable[[], T]) -> T:
+        """Run ``mine`` on a second thread while ``other`` runs; the loops and HiGHS let other threads run meanwhile."""
+        with ThreadPoolExecutor(1) as side:
+            running = side.submit(mine)
+            try:
+                result = other()
+                running.result()
+            except KeyboardInterrupt:
+                self.deadline = 0.0  # ends ``mine`` after its next chunk
+                raise
+        return result
+
     def say(self, text: str) -> None:
         if self.limits.progress:
             self.limits.progress(text)
@@ -127,7 +161,7 @@ def solve_recompute(
     floor = peak_bound(problem)
     search: Search | None = None
 
-    def plan(sequence: Sequence[int], status: Status, bound: float) -> Plan:
+    def plan(sequence: Sequence[int], status: Status, bound: float, any_order: bool) -> Plan:
         peak, time = check_sequence(problem, tuple(sequence))
         return Plan(
             sequence=tuple(sequence),
@@ -137,64 +171,99 @@ def solve_recompute(
             bound=min(bound, time),
             peak_bound=budget + 1 if search is not None and search.infeasible else floor,
             status=status,
-            bound_scope="any order" if bound <= problem.total_time else "order fixed",
+            bound_scope="any order" if any_order else "order fixed",
             solver=SOLVER,
             unplanned_peak=unplanned_peak,
             unplanned_time=unplanned_time,
         )
 
     if unplanned_peak <= budget:
-        return plan(stored, Status.OPTIMAL, problem.total_time)
+        return plan(stored, Status.OPTIMAL, problem.total_time, True)
     if budget < floor:
-        return plan(start or stored, Status.INFEASIBLE, problem.total_time)
+        return plan(start or stored, Status.INFEASIBLE, problem.total_time, True)
     if start is not None:
         check_sequence(problem, tuple(start))
     search = Search(problem, limits)
-    bound = problem.total_time
+    bounds = Bounds(problem.total_time, problem.total_time)
     try:
-        bound = _search(search, budget, floor, start or stored)
+        bounds = _search(search, budget, floor, start)
     except KeyboardInterrupt:
         search.say("interrupted: going on with the best plan so far")
     found = search.fastest()
     if found is None:
         status = Status.INFEASIBLE if search.infeasible else Status.TIMED_OUT
-        return plan(search.lowest() or stored, status, problem.total_time)
-    if len(found) == len(stored):
-        return plan(found, Status.OPTIMAL, problem.total_time)
+        return plan(search.lowest() or stored, status, problem.total_time, True)
     time = sum(problem.ops[i].time for i in found)
-    # A sequence in another order may beat the bound of the stored order: then only the trivial bound holds.
-    return plan(found, Status.FEASIBLE, bound if bound <= time * (1 + 1e-9) else problem.total_time)
+    slack = EXACT * (time - problem.total_time) + 1e-9 * time
+    if bounds.any_order >= time - slack:
+        return plan(found, Status.OPTIMAL, bounds.any_order, True)
+    # A sequence in another order may beat the bound of the stored order: then only the other one holds.
+    fixed = bounds.any_order + slack < bounds.stored_order <= time + slack
+    return plan(found, Status.FEASIBLE, bounds.stored_order if fixed else bounds.any_order, not fixed)
 
 
-def _search(search: Search, budget: int, floor: int, start: Sequence[int]) -> float:
-    """Fill ``search.best``; returns the bound for the stored order.
+class Bounds(NamedTuple):
+    """Times that no plan can go below: with first runs in stored order, and in any order."""
 
-    Up to MANY ops a hot round first, as it may find an order that needs no recomputation at all; then the presence
-    programs, whose sequence is often optimal for the stored order; then annealing where a gap is left.
+    stored_order: float
+    any_order: float
+
+
+def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None) -> Bounds:
+    """Fill ``search.best``; returns the bounds.
+
+    First an order that needs no recomputation. Then the presence programs, whose sequence is often optimal for the
+    stored order, and beside them, up to MANY ops, a hot round that may find a better order; annealing from what they
+    found where a gap is left, on two cores.
     """
     problem, room = search.problem, budget - search.problem.resident_bytes
+    total = problem.total_time
+    stored = tuple(range(len(problem.ops)))
     small = len(problem.ops) <= MANY
-    search.round(start, room, *(HOT if small else BRIEF))
-    if search.best.time[0] <= problem.total_time * (1 + 1e-12):
-        return problem.total_time
+    ordered = start or _best_order(search, budget)
+    search.round(ordered, room, *BRIEF)
+    if search.best.time[0] <= total * (1 + 1e-12):
+        return Bounds(total, total)
+    twin = search.twin()
+    relaxed = search.beside(
+        (lambda: search.round(start or stored, room, *HOT)) if small else (lambda: None),
+        lambda: refine(problem, budget, twin.loads, search.deadline),
+    )
+    if search.best.time[0] <= total * (1 + 1e-12):
+        return Bounds(total, total)
     if search.fastest() is None and proves_infeasible(problem, budget):
         search.infeasible = True
-        return problem.total_time
-    relaxed = refine(problem, budget, search.loads, search.deadline)
-    bound = relaxed.bound if relaxed.bound < np.inf else problem.total_time
-    search.say(f"presence programs: no plan in stored order is faster than {bound:.6g}")
+        return Bounds(total, total)
+    fixed = max(relaxed.bound if relaxed.bound < np.inf else total, recompute_bound(problem, budget))
+    search.say(f"presence programs: no plan in stored order is faster than {fixed:.6g}")
     if relaxed.sequence is not None and _is_valid(problem, relaxed.sequence):
         search.round(relaxed.sequence, room, *(COLD if small else BRIEF))
-    if search.best.time[0] > bound * (1 + CLOSE):
-        search.round(start, room, *(LONG if small else HOT))
-        search.round(search.fastest() or start, room, *COLD)
+    if search.best.time[0] > fixed * (1 + CLOSE):
+        search.beside(
+            lambda: search.round(start or stored, room, *(LONG if small else HOT)),
+            lambda: twin.round(ordered, room, *(LONG if small else BRIEF)),
+        )
+        search.adopt(twin)
+        search.round(search.fastest() or ordered, room, *COLD)
     if search.fastest() is None:
         search.say("nothing fits yet: lowering the peak")
-        _lower(search, max(room, floor - problem.resident_bytes), search.lowest(), search.moves // 2)
+        _lower(search, floor - problem.resident_bytes, start or stored, room)
         search.best.time[0] = np.inf  # what fits a target above the budget does not count
         if search.best.low[1] <= room:
             search.round(search.lowest(), room, *COLD)
-    return max(bound, recompute_bound(problem, budget))
+    loose = any_order_bound(problem, budget, float(search.best.time[0]), search.deadline)
+    search.say(f"no plan in any order is faster than {loose:.6g}")
+    if loose == np.inf:
+        search.infeasible = True
+    return Bounds(max(fixed, loose) if loose < np.inf else fixed, loose)
+
+
+def _best_order(search: Search, budget: int) -> Sequence[int]:
+    """A good order without recomputation, after a brief search."""
+    limits = search.limits
+    left = max(0.0, search.deadline - clock.monotonic())
+    brief = replace(limits, work=ORDER_WORK * limits.work, seconds=left if left < np.inf else None)
+    return solve_order(search.problem, goal=budget, limits=brief).sequence
 
 
 def _is_valid(problem: Problem, sequence: Sequence[int]) -> bool:
@@ -206,24 +275,26 @@ def _is_valid(problem: Problem, sequence: Sequence[int]) -> bool:
     return True
 
 
-def _lower(search: Search, goal: int, start: Sequence[int], moves: int) -> None:
-    """Anneal against targets that stay a little below the lowest peak found, until ``goal`` bytes are reached.
+def _lower(search: Search, goal: int, start: Sequence[int], enough: int = 0) -> None:
+    """Anneal against targets that stay a little below the lowest peak found, until ``enough`` or ``goal`` is reached.
 
-    A target that was reached moves the next one further down, one that was not, closer.
+    A target that was reached moves the next one further down towards ``goal``, one that was not, closer; after a miss
+    every other round begins at ``start`` again, as the lowest sequence may be a dead end.
     """
-    sequence: Sequence[int] = start
+    search.load(start, 0)
+    record(search.state, search.time, search.best)
+    sequence = search.lowest()
     step = 0.5
     for at in range(LOWERINGS):
-        search.load(sequence, 0)
-        lowest = min(search.peak, int(search.best.low[1]))
-        if lowest <= goal or search.out_of_time():
+        lowest = int(search.best.low[1])
+        if lowest <= max(goal, enough) or search.out_of_time():
             return
         target = max(goal, lowest - max(1, int((lowest - goal) * step)))
         search.load(sequence, target)
         price = search.first_price()
         search.best.time[0] = np.inf
-        search.anneal(moves // LOWERINGS, search.typical, 0.05 * search.typical, price)
-        sequence = search.lowest()
+        search.anneal(search.moves // LOWERINGS, search.typical, 0.05 * search.typical, price)
+        sequence = start if search.best.low[1] > target and at % 2 else search.lowest()
         step = min(0.5, 1.5 * step) if search.best.low[1] <= target else 0.6 * step
         search.say(f"lowering {at + 1} of {LOWERINGS}: lowest peak {search.best.low[1]}, target {target}")
 
@@ -239,7 +310,7 @@ def minimise_peak(problem: Problem, *, limits: Limits = DEFAULT, start: Sequence
     if check_sequence(problem, found)[0] > floor:
         search = Search(problem, limits)
         try:
-            _lower(search, floor - problem.resident_bytes, found, search.moves)
+            _lower(search, floor - problem.resident_bytes, found)
         except KeyboardInterrupt:
             search.say("interrupted: going on with the lowest plan so far")
         found = search.lowest() or found
