@@ -6,6 +6,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -19,12 +20,14 @@ from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
 from memplan.lower import Lowered, lower
 from memplan.options import Options
+from memplan.passes.chunk import ChunkLoss
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.normalise import Normalise
 from memplan.passes.split import Split
 from memplan.pieces import Model, Models, Piece
 from memplan.planner import NOTHING, Elsewhere, Planned, plan_capture
 from memplan.problem import Category
+from memplan.rewrites import Compiled, compile_best
 from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
@@ -33,6 +36,7 @@ log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
 _models = Models(Model)
+_REWRITES = (ChunkLoss(),)
 
 
 def recent_plans() -> tuple[Planned, ...]:
@@ -74,14 +78,20 @@ def compile_with(
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Callable[..., Any], Planned | None]:
     """Compile one of dynamo's graphs; what it runs as, and its plan (None for one that runs unplanned)."""
-    graph = _Graph(options, graph_inputs(graph_module, example_inputs), elsewhere, progress)
-    backend = torch_compat.aot_backend(
-        forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
-    )
-    run = backend(graph_module, example_inputs)
-    if graph.planned is not None:
-        remember(graph.planned)
-    return run, graph.planned
+
+    def compile_graph(graph_module: fx.GraphModule, budget: int | None) -> Compiled:
+        settings = options if budget is None else replace(options, memory_budget=budget + int(options.reserved))
+        graph = _Graph(settings, graph_inputs(graph_module, example_inputs), elsewhere, progress)
+        backend = torch_compat.aot_backend(
+            forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
+        )
+        return backend(graph_module, example_inputs), graph.planned
+
+    rewrites = _REWRITES if options.fusion_enabled else ()
+    run, planned = compile_best(graph_module, rewrites, compile_graph, elsewhere.held)
+    if planned is not None:
+        remember(planned)
+    return run, planned
 
 
 def raising(error: MemplanError) -> Callable[..., Any]:

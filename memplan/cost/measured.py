@@ -24,7 +24,7 @@ from memplan.cost import Cost
 from memplan.cost.analytic import AnalyticCost, is_view, round_up
 from memplan.cost.cache import Cache
 from memplan.cost.signature import Layout, Signature, results, signature
-from memplan.cost.workspace import unseen
+from memplan.cost.workspace import BLOCKED_LOSS, unseen
 from memplan.devices import profile_for
 from memplan.torch_compat import allocation_events, clear_blas_workspaces
 
@@ -92,7 +92,7 @@ class MeasuredCost:
         touched = [*described.operands(), *made]
         return (
             self.available
-            and target.namespace in ("aten", "prims")
+            and (target.namespace in ("aten", "prims") or target.name() == BLOCKED_LOSS)
             and not _UNMEASURABLE.intersection(target.tags)
             and "_assert" not in target._opname
             and all(layout.device == self.profile.kind or not layout.shape for layout in touched)  # scalars mix
@@ -172,6 +172,8 @@ def index_bound(described: Signature) -> int:
     packet, args = described.target.overloadpacket, described.args
     if packet is aten.embedding:
         return args[0].shape[0]
+    if described.target.name() == BLOCKED_LOSS:
+        return args[1].shape[0]
     if packet is aten.embedding_dense_backward:
         return args[2]
     if packet is aten.nll_loss_forward or packet is aten.nll_loss_backward:

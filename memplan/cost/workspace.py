@@ -17,6 +17,7 @@ import torch
 from memplan.cost.signature import Layout, Signature
 
 aten = torch.ops.aten
+BLOCKED_LOSS = "memplan::blocked_loss"  # memplan/runtime/loss.py
 
 # oneDNN's descriptors and memory objects of one call: 4 to 36 KB were seen, whatever the shapes.
 _ONEDNN_CALL = 36 * 1024
@@ -138,12 +139,12 @@ _UNSEEN: dict[Any, _Unseen] = {
 def workspace(described: Signature, made: list[Layout], kind: str, threads: int) -> int:
     """Bytes an aten op holds on a device of ``kind`` ("cpu", "cuda") beyond operands and results, by rule."""
     if kind != "cpu":
-        rule = _GPU_RULES.get(described.target.overloadpacket)
+        rule = _loss_block if described.target.name() == BLOCKED_LOSS else _GPU_RULES.get(described.target.overloadpacket)
         return rule(described, made) if rule else 0
     held = unseen(described, threads)
     if described.target.overloadpacket in _CONVOLUTIONS and is_plain_product(described, threads):
         return held
-    rule = _CPU_RULES.get(described.target.overloadpacket)
+    rule = _loss_block if described.target.name() == BLOCKED_LOSS else _CPU_RULES.get(described.target.overloadpacket)
     if rule is None and torch.Tag.pointwise in described.target.tags:
         rule = _promoted
     return held + (rule(described, made) if rule else 0)
@@ -213,6 +214,14 @@ def _attention_accumulator(described: Signature, made: list[Layout]) -> int:
     """The query's gradient in float32 and one row sum a query (FlashAttention-2, algorithm 2)."""
     query = described.operands()[1]
     return 4 * (query.numel + query.numel // max(1, query.shape[-1]))
+
+
+def _loss_block(described: Signature, made: list[Layout]) -> int:
+    """A block of logits, its copy in a narrow dtype, and the sum of such a weight gradient in float32."""
+    hidden, weight = described.operands()[:2]
+    classes, narrow = weight.shape[0], hidden.dtype.itemsize < 4
+    block = described.args[6] * classes * (4 + (hidden.dtype.itemsize if narrow else 0))
+    return block + (3 * weight.nbytes if narrow and described.args[7][1] else 0)
 
 
 _Rule = Callable[[Signature, list[Layout]], int]
