@@ -12,7 +12,6 @@ import mmap
 import os
 import platform
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -30,7 +29,9 @@ log = logging.getLogger("memplan")
 
 # From where latency rules to where the rate does; small enough to leave a slow disk after a few seconds.
 _SIZES = (256 * 1024, 4 * 1024**2, 32 * 1024**2)
-_REPETITIONS = 3
+# The shortest of so many: the first transfers of a new file took up to ten times the later ones', and other work on the
+# machine only ever adds.
+_REPETITIONS = 5
 
 
 def slower_tiers(options: Options, device_type: str, homes: Collection[str] = ()) -> tuple[Tier, ...]:
@@ -88,7 +89,7 @@ def disk_link(directory: str | Path, *, direct: bool = False, cache: Cache | Non
     """
     place = Path(directory).resolve()
     cache = cache or Cache(f"links of {platform.node()}")
-    key = f"disk {os.stat(place).st_dev} {'direct, allocated' if direct else 'buffered'}"
+    key = f"disk {os.stat(place).st_dev} {'direct, least of five' if direct else 'buffered'}"
     return _cached(cache, key, lambda: _measure_disk(place, direct))
 
 
@@ -175,7 +176,7 @@ def _measure_host() -> Link:
 
 def _line(transfer: Callable[[int], None], before: Callable[[], None] = lambda: None) -> tuple[float, float]:
     """(latency in seconds, seconds a byte) of a transfer."""
-    medians = []
+    least = []
     for size in _SIZES:
         times = []
         for _ in range(_REPETITIONS):
@@ -183,8 +184,8 @@ def _line(transfer: Callable[[int], None], before: Callable[[], None] = lambda: 
             start = time.perf_counter()
             transfer(size)
             times.append(time.perf_counter() - start)
-        medians.append(statistics.median(times))
-    return fit_line(_SIZES, medians)
+        least.append(min(times))
+    return fit_line(_SIZES, least)
 
 
 def fit_line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
