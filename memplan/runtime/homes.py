@@ -72,11 +72,16 @@ def on_disk(tensor: torch.Tensor, directory: str | None = None) -> torch.Tensor:
     size = source.untyped_storage().nbytes() if source.numel() else 0
     if size == 0:
         return source.clone()
+    return mapped(unnamed_file(size, directory), 0, source.shape, source.dtype).copy_(source)
+
+
+def unnamed_file(size: int, directory: str | None = None) -> mmap.mmap:
+    """A shared mapping of an unnamed file of ``size`` bytes, known to :func:`home_of`. Raises TierError."""
     file = SpillFile(directory)
     file.reserve(aligned(size))
     memory = mmap.mmap(file.descriptor, aligned(size))
     _know(memory, file, private=False)
-    return mapped(memory, 0, source.shape, source.dtype).copy_(source)
+    return memory
 
 
 def tier_of(value: object) -> str:

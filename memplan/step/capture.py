@@ -30,6 +30,7 @@ class Trained:
     tensor: torch.Tensor
     group: int  # of the optimizer's parameter groups
     update: Update
+    home: str = ""  # the tier where its states lie between steps; '': the device
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class _Writer:
                 found[name] = self.graph.placeholder(f"{name}_{k}")
                 with self.mode:
                     found[name].meta["val"] = torch.empty_like(self.primals[k].meta["val"], requires_grad=False)
-                self.inputs.append(Input(Category.OPTIMIZER, f"{one.name}.{name}"))
+                self.inputs.append(Input(Category.OPTIMIZER, f"{one.name}.{name}", one.home))
             for name in one.update.scalars:
                 found[name] = self.graph.placeholder(f"{name}_{k}")
                 found[name].meta["val"] = _HINT

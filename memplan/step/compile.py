@@ -12,7 +12,7 @@ from torch import fx
 
 from memplan import torch_compat
 from memplan.backend import device_type, graph_inputs, memplan, pool_of, primal_inputs, raising, remember
-from memplan.capture import Input, check_supported, is_tangent
+from memplan.capture import check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import InputError, MemplanError, OptionError, UnsupportedError
@@ -22,6 +22,7 @@ from memplan.planner import Planned, plan_capture
 from memplan.runtime.arena import Script
 from memplan.runtime.execute import Executable
 from memplan.step.capture import StepCapture, Trained, whole_step
+from memplan.step.shelf import SMALL, Shelf
 from memplan.step.update import updates_of
 
 log = logging.getLogger("memplan")
@@ -36,6 +37,7 @@ def compile_step(
     *,
     memory_budget: int | str | None = None,
     max_grad_norm: float | None = None,
+    states: str = "device",
     **options: Any,
 ) -> Step:
     """One call for forward, backward and the optimizer's update, all inside ``memory_budget``.
@@ -51,6 +53,9 @@ def compile_step(
     their ``foreach=False`` form and give its bits; learning rate and every other number of a parameter group are read at
     each step, the state is the optimizer's own. Any other optimizer, a model with graph breaks, and hooks run as usual
     behind a planned forward and backward, with one warning; the optimizer's state then stands outside the budget.
+
+    ``states="disk"``: the optimizer's state lies in an unnamed file in ``swap.directory`` between its uses, all but that of
+    small parameters; each update has its part brought in ahead and sent back. Needs a budget, and parameters on the CPU.
 
     Gradients do not outlive the step: ``.grad`` stays None, and parameters that the optimizer does not have get none. To
     accumulate gradients over batches, call the backend and the optimizer yourself. Other shapes, modes or flags are
@@ -68,7 +73,11 @@ def compile_step(
         raise InputError(f"loss_fn must be a function of output and target, or None; got {type(loss_fn).__name__}")
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise OptionError(f"max_grad_norm must be positive, not {max_grad_norm}")
-    return Step(model, loss_fn, optimizer, given, settings, max_grad_norm)
+    if states not in ("device", "disk"):
+        raise OptionError(f'states must be "device" or "disk", not {states!r}')
+    if states == "disk":
+        _check_disk(settings, optimizer)
+    return Step(model, loss_fn, optimizer, given, settings, max_grad_norm, home="disk" if states == "disk" else "")
 
 
 class Step:
@@ -82,11 +91,12 @@ class Step:
         given: Mapping[str, Any],
         options: Options,
         max_norm: float | None,
+        home: str = "",
     ) -> None:
         self.planned: Planned | None = None
         self.gradient_norm: torch.Tensor | None = None
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
-        self._given, self._options, self._max_norm = given, options, max_norm
+        self._given, self._options, self._max_norm, self._home = given, options, max_norm, home
         self._form: object = None  # of the optimizer, that ``_whole`` was captured with
         self._whole: Callable[..., torch.Tensor] = self._fresh()
         self._usual: Callable[..., torch.Tensor] | None = None  # the loss alone, where the whole step cannot be traced
@@ -162,9 +172,11 @@ class Step:
 
     def _run(self, executable: Executable, args: list[Any], trained: Sequence[Trained]) -> torch.Tensor:
         groups, states = self._optimizer.param_groups, self._optimizer.state
+        shelf = Shelf(trained, states, self._options.swap_directory)
         for one in trained:
             state = states[one.tensor]
             scalars = one.update.begin(one.tensor, groups[one.group], state)
+            shelf.send_home(one, state)
             args += [state[name] for name in one.update.states]
             args += scalars
         with torch.no_grad(), torch_compat.without_autocast():
@@ -190,9 +202,10 @@ class Step:
             parameter = inputs[place]
             if isinstance(parameter, torch.Tensor) and parameter in updates:
                 index, update = updates[parameter]
-                trained[k] = Trained(self._names[parameter], parameter, index, update)
+                home = self._home if parameter.nbytes >= SMALL else ""
+                trained[k] = Trained(self._names[parameter], parameter, index, update, home)
         kinds = primal_inputs(joint, graph_inputs(graph_module))
-        named = [Input(kind.category, trained[k].name) if k in trained else kind for k, kind in enumerate(kinds)]
+        named = [kind._replace(name=trained[k].name) if k in trained else kind for k, kind in enumerate(kinds)]
         return whole_step(joint, forward_outputs, named, trained, self._max_norm), places
 
     def _check_parameters(self) -> None:
@@ -200,6 +213,15 @@ class Step:
             for k, parameter in enumerate(group["params"]):
                 if parameter not in self._names:
                     raise InputError(f"parameter {k} of the optimizer's group {index} is not one of the model's")
+
+
+def _check_disk(options: Options, optimizer: torch.optim.Optimizer) -> None:
+    if options.memory_budget is None and options.objective != "peak":
+        raise OptionError('states="disk" needs a memory_budget; without one everything may stay on the device')
+    if not options.swap_enabled:
+        raise OptionError('states="disk" and swap.enabled=False cannot be given together')
+    if any(p.device.type != "cpu" for group in optimizer.param_groups for p in group["params"]):
+        raise OptionError('states="disk" needs parameters on the CPU')
 
 
 def _loss(self: torch.nn.Module, loss_fn: Loss | None, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -287,3 +287,50 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.net(x), x
+
+
+def test_states_on_disk(tmp_path: Any) -> None:
+    """The same bits with the state in a file; little of it in memory at any instant; a checkpoint goes both ways."""
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[m for _ in range(8) for m in (nn.Linear(192, 192), nn.Tanh())])
+        return model, OPTIMIZERS["adamw"](model.parameters())
+
+    x, y = torch.randn(64, 192), torch.randn(64, 192)
+    (ours, a), (theirs, b) = build(), build()
+    options = {"memory_budget": "75%", "swap.directory": str(tmp_path), "runtime_estimator": "analytic"}
+    step = memplan.compile_step(ours, nn.functional.mse_loss, a, states="disk", **options)
+    usual = memplan.compile_step(theirs, nn.functional.mse_loss, b)
+    for _ in range(2):
+        assert torch.equal(step(x, y), usual(x, y))
+    a.load_state_dict(copy.deepcopy(b.state_dict()))  # in memory: goes to the disk at the next step
+    step(x, y), usual(x, y)
+    checkpoint = copy.deepcopy(a.state_dict())["state"]
+    for mine, other in zip(checkpoint.values(), b.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(mine[k], other[k]) for k in other)
+    assert same(ours, theirs)
+    assert not list(tmp_path.iterdir())
+
+    program = planned_program(step)
+    size = [s.size if s.category == Category.OPTIMIZER else 0 for s in program.storages]
+    live = most = sum(size[s] for s in program.resident)
+    for at in program.steps:
+        live += sum(size[s] for s in at.makes)
+        most = max(most, live)
+        live -= sum(size[s] for s in at.frees)
+    total = sum(v.nbytes for s in a.state.values() for v in s.values() if v.dim())
+    assert most <= 0.5 * total
+    above = peak_above(lambda: step(x, y))
+    assert step.planned is not None and step.planned.problem.resident_bytes + above <= (step.planned.plan.budget or 0)
+
+
+def test_states_on_disk_are_refused_where_they_cannot_be() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with pytest.raises(OptionError, match="needs a memory_budget"):
+        compiled(model, optimizer, states="disk")
+    with pytest.raises(OptionError, match="swap.enabled"):
+        compiled(model, optimizer, states="disk", memory_budget="80%", swap_enabled=False)
+    with pytest.raises(OptionError, match='"device" or "disk"'):
+        compiled(model, optimizer, states="host")
