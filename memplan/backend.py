@@ -31,6 +31,7 @@ from memplan.rewrites import Compiled, compile_best
 from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
+from memplan.trace import Trace
 
 log = logging.getLogger("memplan")
 
@@ -116,6 +117,7 @@ class _Graph:
         self.options = options
         self.inputs = inputs
         self.elsewhere, self.progress = elsewhere, progress
+        self.trace = Trace.of(options)
         self.planned: Planned | None = None
         self.pool: Pool | None = None
 
@@ -124,15 +126,20 @@ class _Graph:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         try:
             check_supported(joint)
+            self.trace.graph("joint", joint)
             Normalise().apply(joint)
             inputs = primal_inputs(joint, self.inputs)
             parameters = [k for k, given in enumerate(inputs) if given.category == Category.PARAMETER]
             DenseGradients(num_fwd_outputs, parameters).apply(joint)
+            self.trace.graph("normalised", joint)
             planned = self._plan(Capture(joint, num_fwd_outputs, inputs))
         except UnsupportedError as reason:
             warn_unplanned(reason)
             return torch_compat.default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
-        return Split(num_fwd_outputs).apply(planned.scheduled, joint)
+        forward, backward = Split(num_fwd_outputs).apply(planned.scheduled, joint)
+        self.trace.graph("forward", forward)
+        self.trace.graph("backward", backward)
+        return forward, backward
 
     def forward(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return self._lower(graph_module, inputs, len(graph_module.graph.nodes))
@@ -144,6 +151,7 @@ class _Graph:
         outputs = len(next(reversed(graph_module.graph.nodes)).args[0])  # type: ignore[arg-type]
         try:
             check_supported(graph_module)
+            self.trace.graph("captured", graph_module)
             primals = primal_inputs(graph_module, self.inputs)
             planned = self._plan(Capture(graph_module, outputs, primals, training=False))
         except UnsupportedError as reason:
@@ -155,7 +163,9 @@ class _Graph:
         device = device_type(capture)
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
-        self.planned = plan_capture(capture, self.options, cost, profile.granularity, self.elsewhere, self.progress)
+        self.planned = plan_capture(
+            capture, self.options, cost, profile.granularity, self.elsewhere, self.progress, self.trace
+        )
         self.pool = pool_of(self.planned) if device == "cpu" else None
         return self.planned
 

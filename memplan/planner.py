@@ -20,12 +20,14 @@ from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.outcome import Limits, Status
 from memplan.passes.fuse import Fuse, Fused
-from memplan.passes.offload import Offload
+from memplan.passes.offload import Offload, stores
 from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout, place
 from memplan.plans import Plan
 from memplan.problem import Problem
+from memplan.runtime.tiers import Store
 from memplan.simulate import Timeline, simulate
+from memplan.trace import SILENT, Trace
 from memplan.validate import check_sequence, validate
 
 log = logging.getLogger("memplan")
@@ -70,6 +72,11 @@ class Planned:
         return self.problem if self.fused is None else self.fused.problem
 
     @property
+    def stores(self) -> dict[str, Store]:
+        """What the compiled function keeps on slower tiers, and what it moved there and back; by tier."""
+        return stores(self.scheduled.graph_module)
+
+    @property
     def held(self) -> int:
         """Bytes held at most: the Program's peak, or with an arena that is held throughout."""
         return self.timeline.peak if self.layout is None else self.layout.held(self.lowered.program)
@@ -82,8 +89,9 @@ def plan_capture(
     granularity: int,
     elsewhere: Elsewhere = NOTHING,
     progress: Callable[[str], None] | None = None,
+    trace: Trace = SILENT,
 ) -> Planned:
-    """Plan one captured graph. ``elsewhere``: what other graphs of the same model hold.
+    """Plan one captured graph. ``elsewhere``: what other graphs of the same model hold; ``trace``: told every stage.
 
     Raises BudgetInfeasibleError when no plan fits, PlanError when a solver's plan breaks a rule (a bug).
     """
@@ -92,6 +100,7 @@ def plan_capture(
     tiers = slower_tiers(options, capture.device_type, homes) if limited else ()
     built = build_problem(capture, cost, granularity, elsewhere.meanwhile, tiers)
     problem = built.problem
+    trace.data("problem", problem)
     stored = tuple(range(len(problem.ops)))
     unplanned_peak, unplanned_time = check_sequence(problem, stored)
     budget = options.budget(unplanned_peak + elsewhere.held)
@@ -99,7 +108,9 @@ def plan_capture(
     wanted = None if budget is None else budget - elsewhere.held
     plan = solve(problem, wanted, options, limits)
     plan = replace(plan, unplanned_peak=unplanned_peak, unplanned_time=unplanned_time)
+    trace.data("plan", plan)
     planned = realise(built, plan, options)
+    trace.graph("scheduled", planned.scheduled.graph_module)
     if options.verify:
         validate(problem, plan)
     # A copy that the forward could already bring back comes with the backward: the peak may then lie below the plan's.
@@ -107,6 +118,8 @@ def plan_capture(
         raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
     if options.fusion_enabled:
         planned = _fused(planned, wanted, options, limits)
+        trace.graph("fused", planned.scheduled.graph_module)
+    trace.data("program", planned.lowered.program)
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)
     if options.placement_enabled and not _has_symbolic_sizes(capture):
