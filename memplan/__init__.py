@@ -16,6 +16,7 @@ _HOME = {
     "compile_step": "memplan.step",
     "analyze": "memplan.api",
     "recent_plans": "memplan.backend",
+    "stream_weights": "memplan.stream",
     "enable_inductor": "memplan.inductor",
     "MemplanError": "memplan.errors",
     "BudgetInfeasibleError": "memplan.errors",
@@ -33,6 +34,7 @@ __all__ = [
     "enable_inductor",
     "plan",
     "recent_plans",
+    "stream_weights",
 ]
 
 
