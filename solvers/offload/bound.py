@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 from memplan.problem import Problem
 from memplan.solvers.recompute.bound import peak_bound
@@ -29,6 +30,35 @@ def streamed(problem: Problem) -> Problem:
 def offload_peak_bound(problem: Problem) -> int:
     """Bytes that no plan can go below, whatever it sends away: what one op needs, or the outputs."""
     return peak_bound(streamed(problem))
+
+
+def least_time(problem: Problem) -> float:
+    """Time that no plan in any order can go below: that of every op once, or of what must come from its home."""
+    times = [problem.total_time]
+    for tier in problem.tiers:
+        back = [b for b in problem.homed if problem.buffers[b].home == tier.name and problem.readers[b]]
+        times.append(sum(tier.latency + problem.buffers[b].size / tier.read for b in back))
+    return max(times)
+
+
+def tightest(problem: Problem, budget: int, count: int) -> list[int]:
+    """The positions over the budget in ``count`` runs of equal length, of each run the one with the largest load.
+
+    Loads of the stored order, with what has its home on a tier there only for the ops that read it.
+    """
+    plain = streamed(problem)
+    n = len(plain.ops)
+    change = [0] * (n + 2)
+    for b, w in enumerate(plain.writer):
+        if w >= 0:
+            last = n if b in plain.outputs else max((w, *plain.readers[b]))
+            change[w] += plain.buffers[b].size
+            change[last + 1] -= plain.buffers[b].size
+    held = accumulate(change[:n])
+    loads = [bytes_held + op.workspace for bytes_held, op in zip(held, plain.ops, strict=True)]
+    over = [t for t in range(n) if loads[t] + plain.resident_bytes > budget]
+    parts = [over[len(over) * k // count : len(over) * (k + 1) // count] for k in range(count)]
+    return [max(part, key=lambda t: loads[t]) for part in parts if part]
 
 
 def home_bound(problem: Problem) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,16 +29,23 @@ from memplan.solvers.offload.moves import (
     N,
 )
 
+PROGRAM = 20.0  # seconds; programs of the public graphs take up to 3; what is cut off makes plans differ
 CHUNK = 1000  # moves between two looks at the clock
 FIRST_PRICE = 0.05  # all bytes over the budget of the first sequence together cost this share of the total time
 LEAST_PRICE = 1e-3  # of the first price: where nothing costs time, the price must not fall to nothing
 
 
+def default_moves(ops: int) -> int:
+    """Moves of a round at work 1: 1.5 s at 400 ops, 2 s at 3,000, as a move takes 45 ns an op."""
+    return max(2000, min(100_000, 40_000_000 // max(1, ops)))
+
+
 class Search:
     """The state of a search on one problem, and the best it has met."""
 
-    def __init__(self, problem: Problem, limits: Limits) -> None:
+    def __init__(self, problem: Problem, limits: Limits, deadline: float) -> None:
         self.problem, self.limits = problem, limits
+        self.moves = int(limits.work * default_moves(len(problem.ops)))
         self.graph = pack(problem)
         self.capacity = 4 * len(problem.ops) + 64
         self.slots = new_slots(self.graph, self.capacity)
@@ -46,7 +54,7 @@ class Search:
         self.state = np.zeros((STATE_ROWS, max(self.capacity, 64) + 2), np.int64)
         self.now = np.zeros(1, np.int64)
         self.random = np.array([1 + (limits.seed * 7919 + 12345) % 2147483646], np.int64)
-        self.deadline = limits.deadline()
+        self.deadline = deadline  # of time.monotonic()
         self.best = new_best(self.capacity, view.shape[1])
         self.time = 0.0
         self.typical = max(problem.total_time, 1e-9) / max(1, len(problem.ops))
@@ -134,6 +142,19 @@ class Search:
                 self.random,
             )
             hot *= ratio
+
+    def out_of_time(self) -> bool:
+        return clock.monotonic() > self.deadline
+
+    def seconds_left(self) -> float:
+        """Until the deadline, or PROGRAM, whichever comes first."""
+        return min(PROGRAM, self.deadline - clock.monotonic())
+
+    def rest_of_limits(self) -> Limits:
+        """The same limits for a part of the search that begins now."""
+        if self.limits.seconds is None:
+            return self.limits
+        return replace(self.limits, seconds=max(0.0, self.deadline - clock.monotonic()))
 
     def say(self, text: str) -> None:
         if self.limits.progress:

@@ -89,7 +89,7 @@ def test_every_plan_is_valid_and_keeps_the_budget(seed: int, share: float, homes
 def test_the_replay_is_what_the_validator_finds(seed: int, steps: int) -> None:
     """After any moves at high temperature, time and peak are those of the plan written out."""
     problem = random_problem(seed)
-    search = Search(problem, Limits(seed=seed))
+    search = Search(problem, Limits(seed=seed), float("inf"))
     search.load(range(len(problem.ops)), (), 10**9, mix=True)
     for _ in range(steps):
         search.best.time[0] = float("inf")
@@ -122,7 +122,7 @@ def test_a_loaded_plan_is_the_plan() -> None:
     problem = random_problem(11)
     budget = between(problem, 0.3)
     plan = solve_offload(problem, budget, limits=SHORT)
-    search = Search(problem, SHORT)
+    search = Search(problem, SHORT, float("inf"))
     search.load(plan.sequence, plan.offloads, budget, mix=True)
     assert search.found() == (plan.sequence, plan.offloads) and abs(search.time - plan.time) < 1e-9
 
