@@ -28,6 +28,7 @@ class Trained:
 
     name: str
     tensor: torch.Tensor
+    primal: int  # which of the graph's arguments it is
     group: int  # of the optimizer's parameter groups
     update: Update
     home: str = ""  # the tier where its states lie between steps; '': the device
@@ -136,13 +137,14 @@ class _Writer:
     def _ready(self, gradients: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
         """For each parameter the node after which nothing reads it and its gradient is final."""
         position = {node: at for at, node in enumerate(self.graph.nodes)}
-        readers: dict[fx.Node, fx.Node] = {}  # of a primal, the last one
+        readers: dict[int, fx.Node] = {}  # of a storage, the last one; parameters may share one
         for node in self.graph.nodes:
             if node is not self.output:
-                readers.update((_root(source), node) for source in input_nodes(node))
+                looked_at = (t for a in input_nodes(node) for n in (a, _root(a)) for t in tensors(n.meta.get("val")))
+                readers.update((torch_compat.storage_key(t), node) for t in looked_at)
         found = {}
         for k, gradient in gradients.items():
-            last = readers.get(self.primals[k], gradient)
+            last = readers.get(torch_compat.storage_key(self.primals[k].meta["val"]), gradient)
             found[k] = max(last, gradient, key=position.__getitem__)
         return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from memplan.errors import InputError, MemplanError, OptionError, UnsupportedErr
 from memplan.options import Options
 from memplan.passes.normalise import Normalise
 from memplan.planner import Planned, plan_capture
+from memplan.problem import Phase, Problem
 from memplan.runtime.arena import Script
 from memplan.runtime.execute import Executable
 from memplan.step.capture import StepCapture, Trained, whole_step
@@ -69,6 +72,8 @@ def compile_step(
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise InputError(f"{type(optimizer).__name__} asks for a closure that computes the loss again; a step has none")
     if loss_fn is not None and not callable(loss_fn):
         raise InputError(f"loss_fn must be a function of output and target, or None; got {type(loss_fn).__name__}")
     if max_grad_norm is not None and max_grad_norm <= 0:
@@ -98,6 +103,7 @@ class Step:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._given, self._options, self._max_norm, self._home = given, options, max_norm, home
         self._form: object = None  # of the optimizer, that ``_whole`` was captured with
+        self._captured: list[tuple[Executable, list[int], tuple[Trained, ...]]]
         self._whole: Callable[..., torch.Tensor] = self._fresh()
         self._usual: Callable[..., torch.Tensor] | None = None  # the loss alone, where the whole step cannot be traced
         self._names = _names(model, loss_fn)
@@ -110,7 +116,9 @@ class Step:
             try:
                 return self._in_one(args, kwargs)
             except (UnsupportedError, torch_compat.Unsupported) as reason:
-                log.warning("memplan plans forward and backward alone, the optimizer runs as usual: %s", reason)
+                log.warning(
+                    "memplan plans forward and backward alone, the optimizer runs as usual: %s", _first_line(reason)
+                )
                 self.planned = None
                 self._usual = self._compiled(memplan, options=self._given)
         return self._one_after_the_other(self._usual, args, kwargs)
@@ -143,7 +151,15 @@ class Step:
         return loss.detach()
 
     def _fresh(self) -> Callable[..., Any]:
-        return self._compiled(self._capture, fullgraph=True, dynamic=False)
+        self._captured = []
+        me = weakref.ref(self)  # dynamo never forgets a backend
+
+        def capture(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            step = me()
+            assert step is not None
+            return step._capture(graph_module, inputs)
+
+        return self._compiled(capture, fullgraph=True, dynamic=False)
 
     def _compiled(self, backend: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
         """The loss compiled, in a code object of its own: dynamo counts shapes, and forgets, by code."""
@@ -157,6 +173,7 @@ class Step:
             profile = profile_for(self._options.target or device_type(step.capture))
             cost = cost_model(self._options.runtime_estimator, profile)
             planned = plan_capture(step.capture, self._options, cost, profile.granularity)
+            _check_updates(planned.problem)
         except MemplanError as error:
             return raising(error)
         remember(planned)
@@ -164,23 +181,35 @@ class Step:
         pool = pool_of(planned) if profile.kind == "cpu" else None
         script = None if pool is None else Script(pool, planned.lowered.program, begins=True)
         executable = Executable(planned.scheduled.graph_module, planned.lowered, script)
+        number, me = len(self._captured), weakref.ref(self)  # dynamo never forgets what it compiled
+        self._captured.append((executable, places, step.trained))
 
         def run(*given: Any) -> tuple[torch.Tensor]:
-            return (self._run(executable, [given[k] for k in places], step.trained),)
+            whole = me()
+            assert whole is not None
+            return (whole._run(number, given),)
 
         return run
 
-    def _run(self, executable: Executable, args: list[Any], trained: Sequence[Trained]) -> torch.Tensor:
+    def _run(self, number: int, given: Sequence[Any]) -> torch.Tensor:
+        executable, places, trained = self._captured[number]
+        args = [given[k] for k in places]
         groups, states = self._optimizer.param_groups, self._optimizer.state
         shelf = Shelf(trained, states, self._options.swap_directory)
         for one in trained:
+            if args[one.primal] is not one.tensor:
+                raise InputError(f"parameter {one.name} is another tensor now; compile the step anew")
             state = states[one.tensor]
             scalars = one.update.begin(one.tensor, groups[one.group], state)
             shelf.send_home(one, state)
             args += [state[name] for name in one.update.states]
             args += scalars
-        with torch.no_grad(), torch_compat.without_autocast():
-            loss, *norm = executable(args)
+        try:
+            with torch.no_grad(), torch_compat.without_autocast():
+                loss, *norm = executable(args)
+        except BaseException as error:
+            error.add_note("The training step ended in its middle: some parameters may be updated and others not.")
+            raise
         for one in trained:
             one.update.end(states[one.tensor])
         self.gradient_norm = norm[0] if norm else None
@@ -203,7 +232,7 @@ class Step:
             if isinstance(parameter, torch.Tensor) and parameter in updates:
                 index, update = updates[parameter]
                 home = self._home if parameter.nbytes >= SMALL else ""
-                trained[k] = Trained(self._names[parameter], parameter, index, update, home)
+                trained[k] = Trained(self._names[parameter], parameter, k, index, update, home)
         kinds = primal_inputs(joint, graph_inputs(graph_module))
         named = [kind._replace(name=trained[k].name) if k in trained else kind for k, kind in enumerate(kinds)]
         return whole_step(joint, forward_outputs, named, trained, self._max_norm), places
@@ -213,6 +242,20 @@ class Step:
             for k, parameter in enumerate(group["params"]):
                 if parameter not in self._names:
                     raise InputError(f"parameter {k} of the optimizer's group {index} is not one of the model's")
+
+
+def _check_updates(problem: Problem) -> None:
+    """No value is read after its update: a view that hides whose storage it looks at would be."""
+    changed: set[int] = set()
+    for op in problem.ops:
+        if op.phase == Phase.OPTIMIZER:
+            changed.update(op.mutates)
+        elif not changed.isdisjoint(op.reads):
+            raise UnsupportedError(f"{op.name} ({op.source or op.module}) reads a parameter after its update")
+
+
+def _first_line(reason: Exception) -> str:
+    return next(iter(str(reason).splitlines()), type(reason).__name__)
 
 
 def _check_disk(options: Options, optimizer: torch.optim.Optimizer) -> None:

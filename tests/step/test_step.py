@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -205,6 +207,50 @@ def test_shapes_and_modes_are_captured_again() -> None:
     assert same(ours, theirs)
 
 
+def test_parameters_that_share_memory_and_one_that_is_replaced() -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = network()
+        flat = torch.cat([model[4].weight.detach().flatten(), model[4].bias.detach()])
+        model[4].weight = nn.Parameter(flat[:-32].view(32, 32))
+        model[4].bias = nn.Parameter(flat[-32:])
+        return model, OPTIMIZERS["adamw"](model.parameters())
+
+    (ours, a), (theirs, b) = build(), build()
+    step = compiled(ours, a)
+    for model_losses in ((step(x, y) for x, y in batches(3)), eager(theirs, b, batches(3))):
+        torch.manual_seed(7)
+        list(model_losses)
+    assert same(ours, theirs)
+    ours[6].bias = nn.Parameter(torch.zeros(3))
+    with pytest.raises(InputError, match="6.bias is another tensor"):
+        step(*batches(1)[0])
+
+
+def test_in_an_arena() -> None:
+    ours, theirs = network(), network()
+    a, b = OPTIMIZERS["adamw"](ours.parameters()), OPTIMIZERS["adamw"](theirs.parameters())
+    step = compiled(ours, a, placement_enabled=True)
+    losses = []
+    for model_losses in ((step(x, y) for x, y in batches(4)), eager(theirs, b, batches(4))):
+        torch.manual_seed(7)
+        losses.append([loss.item() for loss in model_losses])
+    assert losses[0] == losses[1] and same(ours, theirs)
+    assert step.planned is not None and step.planned.layout is not None
+
+
+def test_a_step_dies_with_its_last_reference() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    step = compiled(model, optimizer)
+    step(*batches(1)[0])
+    alive = weakref.ref(step)
+    recent_plans_hold_no_parameters = weakref.ref(model[0].weight)
+    del step, model, optimizer
+    gc.collect()
+    assert alive() is None
+    assert recent_plans_hold_no_parameters() is None
+
+
 class ReturnsLoss(nn.Module):
     def __init__(self, wrapped: bool) -> None:
         super().__init__()
@@ -265,6 +311,8 @@ def test_misuse_is_refused() -> None:
         compiled(model, optimizer, max_grad_norm=0.0)
     with pytest.raises(InputError, match="torch.optim.Optimizer"):
         memplan.compile_step(model, None, model.parameters())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="closure"):
+        compiled(model, torch.optim.LBFGS(model.parameters()))
     x, y = batches(1)[0]
     with pytest.raises(InputError, match="target"):
         compiled(model, optimizer)()
