@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
+import resource
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +17,15 @@ from torch import nn
 
 from memplan import planner
 from memplan.backend import recent_plans
+from memplan.cost import links
+from memplan.errors import OptionError, TierError
+from memplan.options import Options
 from memplan.plans import Plan
-from memplan.problem import Problem
+from memplan.problem import Problem, Tier
 from tests.peak import peak_above
 from tests.stays import with_stays
 
-OPTIONS = {"runtime_estimator": "analytic", "swap.tiers": "disk"}
+OPTIONS = {"runtime_estimator": "analytic", "swap.tiers": "disk", "memory_budget": "100%", "verify": False}
 
 
 class Net(nn.Module):
@@ -33,15 +41,17 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.inside(x))
         x = self.norm(x + self.attend(x, x, x, need_weights=False)[0])
-        x = nn.functional.dropout(nn.functional.gelu(x), 0.1)
+        x = nn.functional.dropout(nn.functional.gelu(x), 0.1, self.training)
         left, right = self.out(x.transpose(1, 2).reshape(x.shape)).chunk(2, -1)
         return (left * right.sigmoid()).logsumexp(-1).mean()
 
 
 @pytest.fixture
 def offloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every plan sends what it saves to the disk."""
+    """Every plan sends what it saves to the disk, without a budget that would ask for it."""
     solve = planner.solve
+    tiers = (Tier("disk", 1 << 40, 1e3, 1e3, 10.0),)
+    monkeypatch.setattr(planner, "slower_tiers", lambda *_: tiers)
 
     def solved(problem: Problem, *args: Any) -> Plan:
         return with_stays(problem, solve(problem, *args))
@@ -95,7 +105,7 @@ def test_same_bits(wanted: list[list[torch.Tensor]], net: Net, offloading: None)
 
 
 def test_measured_peak_is_the_predicted_one(net: Net, offloading: None) -> None:
-    run = compiled(net)
+    run = compiled(net, runtime_estimator="profile")
     x = inputs()
 
     def once() -> None:
@@ -106,3 +116,166 @@ def test_measured_peak_is_the_predicted_one(net: Net, offloading: None) -> None:
     planned = recent_plans()[-1]
     above = planned.timeline.peak - planned.problem.resident_bytes
     assert 0.97 * above <= measured <= above
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_solvers_own_plan(
+    recompute: bool, wanted: list[list[torch.Tensor]], net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = (Tier("disk", 1 << 30, 1e9, 1e9, 0.0),)
+    monkeypatch.setattr(planner, "slower_tiers", lambda *_: fast)  # the test's plan does not hang on this disk's speed
+    run = compiled(net, memory_budget="80%", solver_work=0.2, **{"recompute.enabled": recompute})
+    for seed in range(2):
+        assert_same(step(run, net, seed), wanted[seed])
+    planned = recent_plans()[-1]
+    assert planned.plan.offloads and planned.timeline.peak <= 0.8 * planned.plan.unplanned_peak
+    assert planned.timeline.time == pytest.approx(planned.plan.time)
+    assert planned.stores["disk"].traffic.bytes_in > 0 and planned.stores["disk"].space.idle
+
+
+def test_in_an_arena(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+    run = compiled(net, **{"placement.enabled": True})
+    for seed in range(4):
+        assert_same(step(run, net, seed), wanted[seed])
+
+
+def test_several_forwards_before_their_backwards(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+    run = compiled(net)
+    losses = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        losses.append(run(inputs(seed)))
+    for seed in (1, 0, 2):
+        net.zero_grad(set_to_none=True)
+        losses[seed].backward()
+        assert_same([losses[seed].detach(), *(p.grad for p in net.parameters() if p.grad is not None)], wanted[seed])
+    del losses
+    gc.collect()
+    assert recent_plans()[-1].stores["disk"].space.idle
+
+
+def test_forward_without_backward(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+    run = compiled(net)
+    for _ in range(4):
+        run(inputs())
+    store = recent_plans()[-1].stores["disk"]
+    gc.collect()
+    assert store.space.idle and store.file(0).size == store.space.height
+    assert_same(step(run, net, 1), wanted[1])
+
+
+def test_two_threads_and_a_copied_model(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+    run = compiled(net)
+    twin = copy.deepcopy(net)
+    other = torch.compile(twin, backend="memplan", options=OPTIONS)
+    step(run, net), step(other, twin)
+    found: dict[int, list[list[torch.Tensor]]] = {}
+
+    def work(which: int, call: Any, model: nn.Module) -> None:
+        found[which] = [_without_dropout_seed(call, model, seed) for seed in range(3)]
+
+    threads = [threading.Thread(target=work, args=(0, run, net)), threading.Thread(target=work, args=(1, other, twin))]
+    for model in (net, twin):
+        model.eval()
+    for k, model in enumerate((net, twin)):
+        _without_dropout_seed((run, other)[k], model, 0)  # compiled for eval before the threads start
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, two in zip(found[0], found[1], strict=True):
+        assert_same(one, two)
+
+
+def _without_dropout_seed(call: Any, model: nn.Module, seed: int) -> list[torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = call(inputs(seed))
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_dynamic_shapes(net: Net, offloading: None) -> None:
+    net.eval()
+    run = torch.compile(net, backend="memplan", options=OPTIONS, dynamic=True)
+    for batch in (8, 11):
+        x = inputs(batch, batch)
+        net.zero_grad(set_to_none=True)
+        net(x).backward()
+        wanted = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        net.zero_grad(set_to_none=True)
+        run(x).backward()
+        for p, want in zip(net.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-6)
+
+
+def test_disk_full_in_a_step(wanted: list[list[torch.Tensor]], net: Net, offloading: None, tmp_path: Path) -> None:
+    run = compiled(net, **{"swap.directory": str(tmp_path)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run(inputs())  # plans, and fills the file
+    store = recent_plans()[-1].stores["disk"]
+    store.failed(store.file(0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (store.space.height // 2, hard))
+    try:
+        with pytest.raises(TierError, match="no room"):
+            step(run, net)
+        assert store.space.idle
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same(step(run, net, 2), wanted[2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_truncated_between_forward_and_backward(
+    wanted: list[list[torch.Tensor]], net: Net, offloading: None
+) -> None:
+    run = compiled(net)
+    loss = run(inputs())
+    store = recent_plans()[-1].stores["disk"]
+    os.ftruncate(store.file(0).descriptor, 0)
+    with pytest.raises(TierError, match="truncated"):
+        loss.backward()
+    del loss
+    assert_same(step(run, net, 1), wanted[1])
+
+
+def test_exception_in_the_middle_of_a_step(
+    wanted: list[list[torch.Tensor]], net: Net, offloading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error from a kernel itself: the index it is given lies outside the table."""
+    table = nn.Embedding(4, 64)
+    model = nn.Sequential(net)
+
+    def forward(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return model(x + torch.tanh(x)) + table(index).sum()
+
+    run = torch.compile(forward, backend="memplan", options=OPTIONS)
+    good, bad = torch.tensor([1, 2]), torch.tensor([1, 99])
+    run(inputs(), good).backward()
+    store = recent_plans()[-1].stores["disk"]
+    with pytest.raises((IndexError, RuntimeError)):
+        run(inputs(), bad)
+    gc.collect()
+    assert store.space.idle
+    run(inputs(), good).backward()
+
+
+def test_saved_tensors_copied_by_a_hook_are_refused(net: Net, offloading: None) -> None:
+    run = compiled(net)
+    step(run, net)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        loss = run(inputs())
+    with pytest.raises(TierError, match="hooks"):
+        loss.backward()
+
+
+def test_a_budget_on_the_tier(net: Net) -> None:
+    with pytest.raises(OptionError, match="unknown tier"):
+        compiled(net, memory_budget="80%", **{"swap.tiers": "tape"})(inputs())
+
+
+def test_the_host_is_no_tier_of_a_cpu(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    links._say_no_host.cache_clear()
+    for _ in range(2):
+        assert links.slower_tiers(Options(swap_tiers=" host, "), "cpu") == ()
+    assert len([r for r in caplog.records if "no tier of a CPU" in r.message]) == 1
+    assert links.slower_tiers(Options(), "cpu") == ()
