@@ -153,9 +153,9 @@ def close(g, slots, v, b, p, slot, length):
         return
     sent = v[ROWS + 2 * j, b]
     out_from = out_until = u + 1
-    if sent == NONE:  # u + 1 == p only where the last run changes what is to go home
-        out_until = min(max(u + 1 + slots[RELEASE, slot], u + 2), p)
-        out_from = min(u + 1 + max(0, slots[FROM, slot]), max(u + 1, out_until - 1))
+    if sent == NONE:
+        out_until = min(u + 1 + max(0, slots[RELEASE, slot]), p)
+        out_from = min(u + 1 + max(0, slots[FROM, slot]), out_until)
     back = p if for_good else min(max(p - slots[AHEAD, slot], out_until), p)
     if back == out_until and not forced:
         return
