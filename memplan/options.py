@@ -69,9 +69,10 @@ class Options:
         return parse_budget(self.memory_budget, unplanned_peak + int(self.reserved)) - int(self.reserved)
 
     @property
-    def disk_limit(self) -> int | None:
-        """Bytes the disk tier may take; None: what is free."""
-        return None if self.swap_disk_limit is None else parse_bytes(self.swap_disk_limit)
+    def tier_limits(self) -> dict[str, int]:
+        """Most bytes of each tier that has a limit; the others take what is free."""
+        given = {"host": self.swap_host_limit, "disk": self.swap_disk_limit}
+        return {tier: parse_bytes(limit) for tier, limit in given.items() if limit is not None}
 
     def without_budget(self) -> Options:
         """The same options, free to hold any number of bytes."""

@@ -276,7 +276,7 @@ def realise(built: BuiltProblem, plan: Plan, options: Options) -> Planned:
     """The graph rewritten as the plan says, lowered and replayed."""
     scheduled = Schedule(plan.sequence).apply(built)
     if plan.offloads:
-        offload = Offload(plan.sequence, plan.offloads, options.swap_directory, options.disk_limit)
+        offload = Offload(plan.sequence, plan.offloads, options.swap_directory, options.tier_limits)
         scheduled = offload.apply(built, scheduled)
     lowered = lower(scheduled.graph_module, built.problem, scheduled.forward_nodes)
     return Planned(built, plan, scheduled, lowered, simulate(lowered.program))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -41,13 +41,14 @@ class Move:
 
 @dataclass(frozen=True)
 class Offload:
-    """``stays``: the plan's, by positions of its ``sequence``. ``directory``, ``limit`` (bytes): the disk tier's."""
+    """``stays``: the plan's, by positions of its ``sequence``. ``directory``: of the disk tier's file; ``limits``: most
+    bytes of each tier, where it has a limit."""
 
     name: ClassVar[str] = "offload"
     sequence: Sequence[int]
     stays: Sequence[Stay]
     directory: str | None = None
-    limit: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def apply(self, built: BuiltProblem, scheduled: Scheduled) -> Scheduled:
         """Raises UnsupportedError where a copy cannot be replaced in its readers."""
@@ -142,7 +143,9 @@ class _Places:
             problem = PlacementProblem(tuple(stays[k].out_from for k in ends), tuple(ends.values()), sizes, ALIGNMENT)
             placement = solve_placement(problem, limits=Limits(work=_WORK))
             sites = list(zip(placement.offsets, sizes, strict=True))
-            self.store[tier] = tiers.Store(sites, placement.height, offload.directory, offload.limit)
+            self.store[tier] = tiers.Store(
+                sites, placement.height, offload.directory, offload.limits.get(tier), pinned=tier == "host"
+            )
             self.site |= {k: site for site, k in enumerate(ends)}
 
 
@@ -193,8 +196,8 @@ class _Writer:
             args = (source, store.number, self.places.site[k])
             self.tickets[k] = self._ticket(tiers.offload, args, StepKind.OFFLOAD, stay.tier, source)
         else:
-            args = (source, self._home(k, stay))
-            self.at_home[stay.buffer] = self._ticket(tiers.restore, args, StepKind.OFFLOAD, stay.tier, source)
+            changed = (source, self._home(k, stay))
+            self.at_home[stay.buffer] = self._ticket(tiers.restore, changed, StepKind.OFFLOAD, stay.tier, source)
 
     def _end_out(self, k: int, stay: Stay) -> None:
         self._move(tiers.written, (self._away(k, stay), self.now[self.holder[k]]), StepKind.WAIT, stay.tier)

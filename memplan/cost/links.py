@@ -23,7 +23,6 @@ from memplan.devices import Link
 from memplan.errors import OptionError
 from memplan.options import Options
 from memplan.problem import Tier
-from memplan.units import parse_bytes
 
 log = logging.getLogger("memplan")
 
@@ -48,7 +47,7 @@ def slower_tiers(options: Options, device_type: str, homes: Collection[str] = ()
         if name == "disk":
             found.append(_disk_tier(options))
         elif name == "host" and device_type != "cpu":
-            found.append(_tier("host", host_link(), _free_memory(), options.swap_host_limit))
+            found.append(_tier("host", host_link(), _free_memory(), options))
         elif name == "host" and options.swap_tiers != Options.swap_tiers:
             _say_no_host()
         elif name not in ("", "host"):
@@ -62,11 +61,11 @@ def _disk_tier(options: Options) -> Tier:
         link, free = disk_link(directory, direct=True), shutil.disk_usage(directory).free
     except OSError as error:
         raise OptionError(f"swap.directory {directory}: {error.strerror}") from error
-    return _tier("disk", link, free, options.swap_disk_limit)
+    return _tier("disk", link, free, options)
 
 
-def _tier(name: str, link: Link, free: int, limit: int | str | None) -> Tier:
-    capacity = free if limit is None else min(free, parse_bytes(limit))
+def _tier(name: str, link: Link, free: int, options: Options) -> Tier:
+    capacity = min(free, options.tier_limits.get(name, free))
     return Tier(name, capacity, link.write / 1e6, link.read / 1e6, link.latency)
 
 

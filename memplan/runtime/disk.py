@@ -105,15 +105,13 @@ def _set_direct(descriptor: int) -> bool:
 
 
 class Transfer:
-    """Bytes on their way. ``tensor`` is held until they have arrived, or until nobody waits for them any more."""
+    """Bytes on their way. What they come from or go to is held until they have arrived, or until nobody waits any
+    more."""
 
-    def __init__(
-        self, move: Callable[[int, mmap.mmap], None], tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]
-    ) -> None:
-        """``move``: called with the tensor's address and a staging buffer. ``keep``: held as long as the tensor."""
-        self._move: Callable[[int, mmap.mmap], None] | None = move
-        self._tensor: torch.Tensor | None = tensor
-        self._keep, self._wanted = keep, wanted
+    def __init__(self, move: Callable[[mmap.mmap], None], wanted: weakref.ref[Any]) -> None:
+        """``move``: called with a staging buffer; holds all that the transfer needs."""
+        self._move: Callable[[mmap.mmap], None] | None = move
+        self._wanted = wanted
         self._done = threading.Event()
         self.error: str | None = None
         self.seconds = 0.0
@@ -122,14 +120,14 @@ class Transfer:
         """In the engine's thread."""
         try:
             if self._wanted() is not None:
-                assert self._move is not None and self._tensor is not None
+                assert self._move is not None
                 start = time.perf_counter()
-                self._move(self._tensor.untyped_storage().data_ptr(), staging)
+                self._move(staging)
                 self.seconds = time.perf_counter() - start
-        except OSError as error:
-            self.error = error.strerror or str(error)
+        except (OSError, RuntimeError) as error:  # the latter from a GPU
+            self.error = getattr(error, "strerror", None) or str(error)
         finally:
-            self._move = self._tensor = self._keep = None  # before anyone learns that they are free
+            self._move = None  # before anyone learns that what it held is free
             self._done.set()
 
     def wait(self) -> float:
@@ -176,55 +174,93 @@ os.register_at_fork(after_in_child=_renew_engines)  # threads stay in the parent
 
 
 def write(file: File, start: int, tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]) -> Transfer:
-    """Start to copy a tensor's storage to the file's bytes from ``start`` on."""
-    size = tensor.untyped_storage().nbytes()
+    """Start to copy a tensor's storage to the file's bytes from ``start`` on. ``keep``: held until it has ended."""
+    memory, size = _memory(tensor), tensor.untyped_storage().nbytes()
 
-    def move(address: int, staging: mmap.mmap) -> None:
-        _write(file, start, address, size, staging)
+    def move(staging: mmap.mmap, _: Any = keep) -> None:
+        _write(file, start, memory, size, staging)
 
-    transfer = Transfer(move, tensor, keep, wanted)
+    transfer = Transfer(move, wanted)
     _engines["out"].start(transfer)
     return transfer
 
 
 def read(file: File, start: int, tensor: torch.Tensor, keep: Any, wanted: weakref.ref[Any]) -> Transfer:
-    """Start to fill a tensor's storage from the file's bytes from ``start`` on."""
-    size = tensor.untyped_storage().nbytes()
+    """Start to fill a tensor's storage from the file's bytes from ``start`` on. ``keep``: held until it has ended."""
+    memory, size = _memory(tensor), tensor.untyped_storage().nbytes()
 
-    def move(address: int, staging: mmap.mmap) -> None:
-        _read(file, start, address, size, staging)
+    def move(staging: mmap.mmap, _: Any = keep) -> None:
+        _read(file, start, memory, size, staging)
 
-    transfer = Transfer(move, tensor, keep, wanted)
+    transfer = Transfer(move, wanted)
     _engines["back"].start(transfer)
     return transfer
 
 
-def _write(file: File, start: int, address: int, size: int, staging: mmap.mmap) -> None:
-    if not file.direct or start % ALIGNMENT:
-        _all(os.pwrite, file.descriptor, _bytes_at(address, size), start)
-        os.fdatasync(file.descriptor)  # only what is on the disk can leave the page cache
-        os.posix_fadvise(file.descriptor, start, size, os.POSIX_FADV_DONTNEED)
-        return
+class _HostMemory:
+    """A CPU tensor's storage, for copies by an engine."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._address = tensor, tensor.untyped_storage().data_ptr()
+
+    def fetch(self, here: int, at: int, size: int) -> None:
+        """Copy ``size`` bytes from place ``at`` of the storage to the address ``here``."""
+        ctypes.memmove(here, self._address + at, size)  # gives up the interpreter's lock
+
+    def fill(self, here: int, at: int, size: int) -> None:
+        """The way back."""
+        ctypes.memmove(self._address + at, here, size)
+
+
+class _DeviceMemory:
+    """A GPU tensor's storage: copied on a stream of its own, after what the compute stream was given before."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self._stream = torch.cuda.Stream(tensor.device)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+
+    def fetch(self, here: int, at: int, size: int) -> None:
+        with torch.cuda.stream(self._stream):
+            self._at(here, size).copy_(self._bytes[at : at + size])
+        self._stream.synchronize()
+
+    def fill(self, here: int, at: int, size: int) -> None:
+        with torch.cuda.stream(self._stream):
+            self._bytes[at : at + size].copy_(self._at(here, size))
+        self._stream.synchronize()
+
+    @staticmethod
+    def _at(address: int, size: int) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)
+
+
+def _memory(tensor: torch.Tensor) -> _HostMemory | _DeviceMemory:
+    return _HostMemory(tensor) if tensor.device.type == "cpu" else _DeviceMemory(tensor)
+
+
+def _write(file: File, start: int, memory: _HostMemory | _DeviceMemory, size: int, staging: mmap.mmap) -> None:
     with memoryview(staging) as view:
         here = _address(view)
         for done in range(0, size, len(view)):
             part = min(len(view), size - done)
-            ctypes.memmove(here, address + done, part)
-            _all(os.pwrite, file.descriptor, view[: aligned(part)], start + done)
-
-
-def _read(file: File, start: int, address: int, size: int, staging: mmap.mmap) -> None:
+            memory.fetch(here, done, part)
+            _all(os.pwrite, file.descriptor, view[: aligned(part) if file.direct else part], start + done)
     if not file.direct:
-        _all(_read_into, file.descriptor, _bytes_at(address, size), start)
+        os.fdatasync(file.descriptor)  # only what is on the disk can leave the page cache
         os.posix_fadvise(file.descriptor, start, size, os.POSIX_FADV_DONTNEED)
-        return
+
+
+def _read(file: File, start: int, memory: _HostMemory | _DeviceMemory, size: int, staging: mmap.mmap) -> None:
     with memoryview(staging) as view:
-        here, lead, end = _address(view), start % ALIGNMENT, start + size  # a file of others aligns nothing
+        here, lead, end = _address(view), start % ALIGNMENT, start + size  # a user's file aligns nothing
         for at in range(start - lead, end, len(view)):
             part = min(len(view), end - at)
             _all(_read_into, file.descriptor, view[: aligned(part)], at, needed=part)
             skip = max(0, start - at)
-            ctypes.memmove(address + at + skip - start, here + skip, part - skip)
+            memory.fill(here + skip, at + skip - start, part - skip)
+    if not file.direct:
+        os.posix_fadvise(file.descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _all(
@@ -246,10 +282,6 @@ def _all(
 
 def _read_into(descriptor: int, view: memoryview, start: int) -> int:
     return os.preadv(descriptor, [view], start)
-
-
-def _bytes_at(address: int, size: int) -> memoryview:
-    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
 
 
 def _address(view: memoryview) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from memplan.errors import TierError
-from memplan.runtime import disk, homes
+from memplan.runtime import disk, homes, host
 from memplan.runtime.space import Space, Span
 
 _numbers = itertools.count(1)
@@ -27,7 +27,8 @@ _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a compiled function moved. ``moving``: seconds its transfers took; ``waited``: seconds it stood still."""
+    """What a compiled function moved. ``moving``: seconds its transfers took; ``waited``: seconds it stood still. Of
+    copies between GPU and host only the bytes are known: their times pass on the GPU."""
 
     bytes_out: int = 0
     bytes_in: int = 0
@@ -35,22 +36,29 @@ class Traffic:
     waited: float = 0.0
 
     @property
-    def hidden(self) -> float:
-        """The share of the transfers' time behind which the step computed."""
-        return max(0.0, 1 - self.waited / self.moving) if self.moving > 0 else 1.0
+    def hidden(self) -> float | None:
+        """The share of the transfers' time behind which the step computed; None where no time is known."""
+        return max(0.0, 1 - self.waited / self.moving) if self.moving > 0 else None
 
 
 class Store:
     """One compiled function's place on one tier; ``number`` names it in graphs.
 
-    ``sites``: planned (offset, size) of every stay, in bytes; ``height``: of the plan.
+    ``sites``: planned (offset, size) of every stay, in bytes; ``height``: of the plan. ``directory``: of a disk's file;
+    ``limit``: most bytes.
     """
 
     def __init__(
-        self, sites: Sequence[tuple[int, int]], height: int, directory: str | None = None, limit: int | None = None
+        self,
+        sites: Sequence[tuple[int, int]],
+        height: int,
+        directory: str | None = None,
+        limit: int | None = None,
+        pinned: bool = False,
     ) -> None:
         self.number = next(_numbers)
         self.space = Space(sites, height)
+        self.pool = host.PinnedPool(self.space, limit) if pinned else None
         self._directory, self._limit = directory, limit
         self._file: disk.SpillFile | None = None
         self._lock = threading.Lock()
@@ -93,13 +101,13 @@ class Stay(bytearray):
     """The memory of a ticket, which therefore lives exactly as long as the last tensor on it."""
 
     store: Store
-    file: disk.File | None  # None: the contents are in the memory of ``source``
+    file: disk.File | None  # None: the contents are in ``source``
     start: int  # bytes into the file
     span: Span | None  # None: a home, whose bytes are not the store's
-    source: torch.Tensor | None
+    source: torch.Tensor | None  # pinned memory of the host tier, or a tensor that should have its home on a disk
     size: int  # bytes
     shape: tuple[torch.dtype, torch.device, int, tuple[int, ...], tuple[int, ...]]
-    transfer: disk.Transfer | None
+    transfer: disk.Transfer | host.Copy | None
 
     def ticket(self) -> torch.Tensor:
         return torch.frombuffer(self, dtype=torch.int64)
@@ -123,9 +131,13 @@ def offload(tensor: torch.Tensor, store: int, site: int) -> torch.Tensor:
     stay = _new_stay(tensor, _stores[store])
     stay.span = stay.store.space.take(site, stay.size)
     stay.start = stay.span.start
+    stay.store.count(out=stay.size)
+    if stay.store.pool is not None:
+        stay.source = stay.store.pool.memory(stay.span, stay.size)
+        stay.transfer = host.copy_out(stay.store.pool, stay.source, tensor, stay.span)
+        return stay.ticket()
     stay.file = stay.store.file(stay.start + stay.span.size)
     stay.transfer = disk.write(stay.file, stay.start, tensor, stay.span, weakref.ref(stay))
-    stay.store.count(out=stay.size)
     return stay.ticket()
 
 
@@ -168,7 +180,11 @@ def prefetch(ticket: torch.Tensor) -> torch.Tensor:
     dtype, device, offset, shape, stride = stay.shape
     memory = torch.empty(stay.size, dtype=torch.uint8, device=device).untyped_storage()
     tensor = torch.empty(0, dtype=dtype, device=device).set_(memory, offset, shape, stride)
-    if stay.file is None:
+    if stay.store.pool is not None and stay.span is not None:
+        assert stay.source is not None
+        stay.transfer = host.copy_back(stay.store.pool, stay.source, tensor, stay.span)
+        stay.store.count(back=stay.size)
+    elif stay.file is None:
         assert stay.source is not None
         memory.copy_(stay.source.untyped_storage())
     else:

@@ -363,3 +363,21 @@ def test_engines_are_two_threads(tmp_path: Path) -> None:
     assert sorted(names) == ["memplan-disk-in", "memplan-disk-out"]
     assert disk._STAGING % ALIGNMENT == 0
     assert tiers.Traffic(moving=2.0, waited=0.5).hidden == 0.75
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_gpus_tensors_come_back(pinned: bool, tmp_path: Path) -> None:
+    place = Store([(k << 20, 1 << 20) for k in range(4)], 4 << 20, str(tmp_path), pinned=pinned)
+    for round_ in range(3):
+        sources = [values(10 * round_ + k).cuda() for k in range(4)]
+        tickets = [offload(source, place.number, k) for k, source in enumerate(sources)]
+        for ticket, source in zip(tickets, sources, strict=True):
+            written(ticket, source)
+        del source, sources
+        backs = [prefetch(ticket) for ticket in tickets]
+        for k, (ticket, back) in enumerate(zip(tickets, backs, strict=True)):
+            wait(ticket, back)
+            assert torch.equal(back.cpu(), values(10 * round_ + k))
+        del ticket, tickets
+        assert place.space.idle
