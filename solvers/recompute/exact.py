@@ -46,6 +46,10 @@ class Program:
         self.high.append(1.0)
         self.whole.append(int(whole))
 
+    def costs(self) -> list[tuple[tuple[str, int, int, int], float]]:
+        """The variables that cost something."""
+        return [(name, self.cost[column]) for name, column in self.index.items() if self.cost[column]]
+
     def at_most(self, limit: float, *terms: tuple[float, tuple[str, int, int, int]]) -> None:
         """Σ factor · variable ≤ limit; variables that do not exist are 0."""
         for factor, name in terms:
@@ -70,15 +74,19 @@ class Program:
         return STATUS[result.status], result.x
 
 
-def solve_exact(problem: Problem, budget: int, *, limits: Limits = DEFAULT) -> Plan:
+def solve_exact(problem: Problem, budget: int, *, limits: Limits = DEFAULT, below: float | None = None) -> Plan:
     """The fastest plan of Checkmate's form under ``budget`` bytes, resident buffers included.
 
-    Raises UnsupportedError beyond LARGEST ops. INFEASIBLE is within the scope stated above.
+    ``below``: only plans faster than this time by a millionth count, which is proven sooner than an optimum. Raises
+    UnsupportedError beyond LARGEST ops. INFEASIBLE is within the scope stated above.
     """
     n = len(problem.ops)
     if n > LARGEST:
         raise UnsupportedError(f"the exact reference takes at most {LARGEST} ops; this graph has {n}")
     program = _program(problem, budget - problem.resident_bytes)
+    if below is not None:
+        unit = max(below, 1e-9)
+        program.at_most(1 - 1e-6, *((cost / unit, name) for name, cost in program.costs()))
     status, x = program.solve(limits.seconds)
     if x is None:
         sequence = tuple(range(n))
