@@ -20,6 +20,7 @@ from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
 from memplan.lower import Lowered, lower
 from memplan.options import Options
+from memplan.passes.attention import FuseAttention
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.normalise import Normalise
@@ -37,7 +38,7 @@ log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
 _models = Models(Model)
-_REWRITES = (ChunkLoss(),)
+_REWRITES = (FuseAttention(), ChunkLoss())
 
 
 def recent_plans() -> tuple[Planned, ...]:

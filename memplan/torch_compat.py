@@ -158,6 +158,15 @@ def trace_fake(
         return make_fx(function, decomposition_table=decompositions or {})(*inputs)
 
 
+def fakes_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fake tensors of the mode of the compile under way, laid out as (fake) ``tensors`` of any other mode are."""
+    with detect_fake_mode() or FakeTensorMode():
+        return [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).requires_grad_(t.requires_grad)
+            for t in tensors
+        ]
+
+
 def inductor_compile(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
     """Inductor's code for a decomposed graph over fake inputs: a callable that takes a list and clears it.
 
