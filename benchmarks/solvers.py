@@ -1,6 +1,6 @@
 """Every solver on public instances, with the published figures beside ours.
 
-``python benchmarks/solvers.py --data DIR [--only placement,zoo,recompute,order,cold] [--scorers DIR] [--json OUT]
+``python benchmarks/solvers.py --data DIR [--only placement,zoo,recompute,offload,order,cold] [--scorers DIR] [--json OUT]
 [--figure OUT]`` writes the JSON, its tables as Markdown beside it, and the picture. Solvers that are not run keep the
 rows that the JSON holds.
 
@@ -29,7 +29,7 @@ from environment import environment
 from tables import markdown
 
 Row = dict[str, Any]
-SOLVERS = ("placement", "zoo", "recompute", "order", "cold")
+SOLVERS = ("placement", "zoo", "recompute", "offload", "order", "cold")
 RESULTS = Path(__file__).parent / "results"
 # Of a row, for the machine only: ``trace`` [[seconds, value], …] and ``curve`` {label: [[budget %, cost %], …]} for the
 # picture; ``score`` {tool, instance, plan}: the plan as a file's text; ``expect``: what the scorer must find.

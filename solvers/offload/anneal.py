@@ -12,6 +12,7 @@ from memplan.solvers.offload.arrays import COUNT, TIERS, Floats, Ints
 from memplan.solvers.offload.engines import (
     AWAY,
     BUFFER,
+    CRAMMED,
     GAPS,
     IN_FROM,
     LOAD,
@@ -82,7 +83,7 @@ def record(s, v, time, best):
     length = s[N, LENGTH]
     if v[NUMBERS, OVER] > 0:
         peak = v[LOAD, : length + 1].max()
-        if best.time[0] < math.inf or peak >= best.peak[0]:
+        if best.time[0] < math.inf or peak >= best.peak[0] or v[NUMBERS, CRAMMED] > 0:
             return
         best.peak[0] = peak
     elif time < best.time[0]:

@@ -54,9 +54,9 @@ CHANGE, LOAD = 20, 21  # bytes that come minus bytes that go; bytes held
 # ... per buffer: its last use, where its copy was made, whether the caller holds that, its newest gap.
 LAST, NEWEST, PINNED, GAP = 22, 23, 24, 25
 FIRST = 26  # per op: position of its first run
-NUMBERS = 27  # GAPS: how many; OVER: bytes over the budget and the tiers' capacities, summed over positions
+NUMBERS = 27  # GAPS: how many; OVER: bytes over budget and capacities, summed over positions; CRAMMED: the latter alone
 ROWS = 28  # then per tier two rows: per buffer, the gap that copied it there; per position, how its bytes change
-GAPS, OVER = 0, 1
+GAPS, OVER, CRAMMED = 0, 1, 2
 # The view's rows of times.
 CLOCK, OUT_END, IN_END, FREE = 0, 1, 2, 3  # per position: when its run starts; per gap; per engine
 
@@ -239,6 +239,7 @@ def replay(g, duration, runs, ops, length, budget, v, t):
             v[LOAD, p] += g[WORKSPACE, ops[runs[p]]]
             clock += duration[0, ops[runs[p]]]
         over += max(0, v[LOAD, p] - budget)
+    crammed = 0
     for j in range(tiers):
         held = 0
         for b in range(g[COUNT, BUFFERS]):
@@ -246,6 +247,6 @@ def replay(g, duration, runs, ops, length, budget, v, t):
                 held += g[SIZE, b]
         for p in range(length + 1):
             held += v[ROWS + 2 * j + 1, p]
-            over += max(0, held - g[CAPACITY, j])
-    v[NUMBERS, OVER] = over
+            crammed += max(0, held - g[CAPACITY, j])
+    v[NUMBERS, OVER], v[NUMBERS, CRAMMED] = over + crammed, crammed
     return clock

@@ -13,7 +13,18 @@ from memplan.plans import Offload
 from memplan.problem import Problem
 from memplan.solvers.offload.anneal import anneal, new_best, record
 from memplan.solvers.offload.arrays import COUNT, WIDTH, pack
-from memplan.solvers.offload.engines import AHEAD, FROM, NUMBERS, OVER, RELEASE, TIER, evaluate, new_slots, new_view
+from memplan.solvers.offload.engines import (
+    AHEAD,
+    FROM,
+    LOAD,
+    NUMBERS,
+    OVER,
+    RELEASE,
+    TIER,
+    evaluate,
+    new_slots,
+    new_view,
+)
 from memplan.solvers.offload.moves import (
     AGAIN,
     BUDGET,
@@ -84,6 +95,29 @@ class Search:
             self.graph, s[TRIAL], s[OP], length, self.slots, s[N, BUDGET], self.views[0], self.times[0]
         )
         record(s, self.views[0], self.time, self.best)
+
+    def fit(self, sequence: Sequence[int], offloads: Sequence[Offload], budget: int, mix: bool) -> None:
+        """Load a sequence with its offloads, each copy on the device no longer than the budget allows: where all absences
+        as long as can be keep it, so does what is loaded."""
+        self.load(
+            sequence, [replace(stay, out_until=stay.out_from, in_from=stay.in_until) for stay in offloads], budget, mix
+        )
+        loads = self.views[0][LOAD, : len(sequence) + 1].copy()
+        room, size = budget - self.problem.resident_bytes, [buffer.size for buffer in self.problem.buffers]
+        fitted = list(offloads)
+        for n in sorted(range(len(fitted)), key=lambda n: fitted[n].out_from):
+            stay = fitted[n]
+            full = np.flatnonzero(loads[stay.out_from : stay.out_until] + size[stay.buffer] > room)
+            until = stay.out_from + int(full[0]) if len(full) else stay.out_until
+            loads[stay.out_from : until] += size[stay.buffer]
+            fitted[n] = replace(stay, out_until=until)
+        for n in sorted(range(len(fitted)), key=lambda n: fitted[n].in_until):
+            stay = fitted[n]
+            full = np.flatnonzero(loads[stay.in_from : stay.in_until] + size[stay.buffer] > room)
+            since = stay.in_from + int(full[-1]) + 1 if len(full) else stay.in_from
+            loads[since : stay.in_until] += size[stay.buffer]
+            fitted[n] = replace(stay, in_from=since)
+        self.load(sequence, fitted, budget, mix)
 
     def _load_slots(self, sequence: Sequence[int], offloads: Sequence[Offload]) -> None:
         width = int(self.graph.table[COUNT, WIDTH])

@@ -37,8 +37,8 @@ def solve_offload(
     """The fastest plan found under ``budget`` bytes, resident buffers without a home included.
 
     ``start``: a valid sequence to begin from (PlanError otherwise), whose order of first runs the programs keep; without
-    ``recompute`` nothing runs twice. With it the plan is no slower than the one without, and than ``solve_recompute``'s
-    under the same limits (beyond MANY ops: than any recomputation of the same order can be, or that one's).
+    ``recompute`` nothing runs twice. With it the plan is no slower than the one without, and by CLOSE at most slower than
+    ``solve_recompute``'s under the same limits (beyond MANY ops: or than any recomputation in the same order can be).
     INFEASIBLE (proven): the budget is below ``offload_peak_bound``; TIMED_OUT: nothing found; both carry the lowest plan
     met and no budget. An interrupt from the keyboard ends the search with the best plan so far.
     """
@@ -80,8 +80,6 @@ def _solve(problem: Problem, budget: int, limits: Limits, sequence: tuple[int, .
     found, offloads = search.found()
     peak, time = check_plan(problem, found, offloads)
     status = Status.INFEASIBLE if budget < floor else Status.TIMED_OUT if peak > budget else Status.FEASIBLE
-    if search.best.time[0] == float("inf") and status == Status.FEASIBLE:
-        status = Status.TIMED_OUT  # a tier holds more than it can
     if status == Status.FEASIBLE and time <= bound * (1 + 1e-9):
         status = Status.OPTIMAL
     return Plan(
@@ -103,9 +101,11 @@ def _search(search: Search, budget: int, bound: float, recompute: bool) -> float
     Offload alone first, as it is often free; then both; then what either alone may do better, where no bound excludes it.
     """
     problem = search.problem
-    search.load(range(len(problem.ops)), (), budget, mix=False)
+    search.fit(*realise(problem), budget, mix=False)
     search.anneal(search.moves // 2, *HOT, bound * (1 + CLOSE))
     search.say(f"offload alone: best time {search.best.time[0]:.6g}")
+    if search.best.time[0] <= bound * (1 + CLOSE):
+        return bound
     if not recompute:
         return _programs(search, budget, bound, mix=False)
     both = Search(problem, search.limits, search.deadline)

@@ -11,6 +11,8 @@ from memplan.plans import Offload
 from memplan.problem import Problem
 from memplan.solvers.offload.program import Decision
 
+NOTHING = Decision(0.0, (), ())
+
 
 @dataclass
 class _Absence:
@@ -19,14 +21,19 @@ class _Absence:
     last: int  # the last one
 
 
-def realise(problem: Problem, at: Sequence[int], decision: Decision) -> tuple[tuple[int, ...], tuple[Offload, ...]]:
+def realise(
+    problem: Problem, at: Sequence[int] = (), decision: Decision = NOTHING
+) -> tuple[tuple[int, ...], tuple[Offload, ...]]:
     """First runs in stored order; what is lost at a position runs again, with what it lacks, before its next use, and
-    what is away returns for it. The peak may be over the budget, and a transfer too short of time is waited for."""
+    what is away returns for it. The peak may be over the budget, and a transfer too short of time is waited for.
+
+    Without a decision: every op once, and what has its home on a tier comes for its first use and goes after its last.
+    """
     assert decision.present is not None
     ops, writer, home = problem.ops, problem.writer, [buffer.home for buffer in problem.buffers]
     tiers = [tier.name for tier in problem.tiers]
     here: set[int] = set()
-    away: dict[int, _Absence] = {}
+    away = {b: _Absence(tiers.index(home[b]), 0, -1) for b in problem.homed}
     made: dict[int, int] = {}
     used: dict[int, int] = {}
     sequence: list[int] = []
@@ -70,6 +77,10 @@ def realise(problem: Problem, at: Sequence[int], decision: Decision) -> tuple[tu
                 for b, j in decision.away[k].items()
                 if b not in here and (b in made or home[b])
             }
+    for b in {b for op in ops for b in op.mutates if home[b]}:
+        end = len(sequence)
+        stay = Offload(b, -1, used[b] + 1, used[b] + 1, end, end, home[b])
+        stays.append((stay, _Absence(tiers.index(home[b]), end, end - 1)))
     return tuple(sequence), _timed(problem, sequence, stays)
 
 
@@ -79,9 +90,12 @@ def _timed(problem: Problem, sequence: list[int], stays: list[tuple[Offload, _Ab
     starts = [0.0, *accumulate(times)]
     links = {tier.name: tier for tier in problem.tiers}
     free = dict.fromkeys(links, 0.0)
-    timed: dict[int, Offload] = {}
+    changed = {b for op in problem.ops for b in op.mutates}
+    timed = {n: stay for n, (stay, _) in enumerate(stays)}
     for n in sorted(range(len(stays)), key=lambda n: stays[n][0].out_from):
         stay, must = stays[n]
+        if stay.made_at < 0 and (stay.buffer not in changed or stay.out_from == 0):
+            continue  # its home has it
         link, size = links[stay.tier], problem.buffers[stay.buffer].size
         free[stay.tier] = max(free[stay.tier], starts[stay.out_from]) + link.latency + size / link.write
         gone = min(bisect_left(starts, free[stay.tier]), must.first)
