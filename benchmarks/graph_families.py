@@ -59,7 +59,7 @@ class Tape:
                     self.ops.append(Op(f"{name}.add", reads=reads, writes=(total,), time=1.0, phase=Phase.BACKWARD))
                     g = total
                 gradient[b] = g
-        return Problem(tuple(self.ops), tuple(self.buffers), tuple(outputs), (loss,), "synthetic")
+        return Problem(tuple(self.ops), tuple(self.buffers), tuple(outputs), (loss,), note="synthetic")
 
 
 def transformer(layers: int, width: int = 64, length: int = 128, dropout: bool = False) -> Problem:
