@@ -116,7 +116,9 @@ def plan_capture(
     # A copy that the forward could already bring back comes with the backward: the peak may then lie below the plan's.
     if planned.timeline.peak > plan.peak or (planned.timeline.peak != plan.peak and not plan.offloads):
         raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
-    if options.fusion_enabled:
+    if options.fusion_enabled and plan.offloads:
+        log.warning("no fusion: the plan sends copies to a slower tier, and regions do not move with their transfers yet")
+    elif options.fusion_enabled:
         planned = _fused(planned, wanted, options, limits)
         trace.graph("fused", planned.scheduled.graph_module)
     trace.data("program", planned.lowered.program)

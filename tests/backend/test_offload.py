@@ -139,6 +139,12 @@ def test_in_an_arena(wanted: list[list[torch.Tensor]], net: Net, offloading: Non
         assert_same(step(run, net, seed), wanted[seed])
 
 
+def test_fusion_gives_way(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+    run = compiled(net, **{"fusion.enabled": True})
+    assert_same(step(run, net, 0), wanted[0])
+    assert recent_plans()[-1].fused is None
+
+
 def test_several_forwards_before_their_backwards(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
     run = compiled(net)
     losses = []
