@@ -251,6 +251,56 @@ def test_a_step_dies_with_its_last_reference() -> None:
     assert recent_plans_hold_no_parameters() is None
 
 
+def test_shapes_are_remembered_up_to_a_bound() -> None:
+    model = nn.Linear(16, 3)
+    step = compiled(model, OPTIMIZERS["sgd"](model.parameters()), runtime_estimator="analytic")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in (3, 4, 5, 6):
+            step(*batches(1, size)[0])
+            assert step.planned is not None
+            assert len(step._captured) <= 2
+
+
+def test_an_error_in_the_middle_says_so_and_the_next_step_works() -> None:
+    fails = [False]
+
+    @torch.library.custom_op("memplan_tests::fault", mutates_args=())
+    def fault(x: Tensor) -> Tensor:
+        if fails[0]:
+            raise RuntimeError("a fault")
+        return x.clone()
+
+    fault.register_fake(torch.empty_like)
+    fault.register_autograd(lambda context, gradient: gradient)
+
+    class Faulty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return fault(self.net(x))
+
+    ours, theirs = Faulty(), network()
+    a, b = OPTIMIZERS["adamw"](ours.parameters()), OPTIMIZERS["adamw"](theirs.parameters())
+    step = compiled(ours, a)
+    x, y = batches(1)[0]
+    for fails[0] in (False, True, False):
+        torch.manual_seed(7)
+        if fails[0]:
+            buffers = copy.deepcopy(dict(ours.named_buffers()))
+            with pytest.raises(RuntimeError, match="a fault") as caught:
+                step(x, y)
+            assert "in its middle" in caught.value.__notes__[0]
+            ours.load_state_dict(buffers, strict=False)
+        else:
+            step(x, y)
+    for _ in range(2):
+        torch.manual_seed(7)
+        list(eager(theirs, b, [(x, y)]))
+    assert same(ours.net, theirs)
+
+
 class ReturnsLoss(nn.Module):
     def __init__(self, wrapped: bool) -> None:
         super().__init__()
