@@ -138,11 +138,16 @@ def tightest(problem: Problem, budget: int, count: int) -> list[int]:
 
 
 def refine(
-    problem: Problem, budget: int, weigh: Callable[[tuple[int, ...]], Sequence[int]], deadline: float = float("inf")
+    problem: Problem,
+    budget: int,
+    weigh: Callable[[tuple[int, ...]], Sequence[int]],
+    deadline: float = float("inf"),
+    programs: int = REFINEMENTS,
 ) -> Presence:
     """Programs of growing exactness: each also keeps the budget where the last one's sequence broke it most.
 
-    ``weigh``: the loads of a sequence, without the resident bytes; ``deadline``: of time.monotonic(). Returns the best bound with the sequence of the
+    ``weigh``: the loads of a sequence, without the resident bytes; ``deadline``: of time.monotonic(); ``programs``: at
+    most so many. Returns the best bound with the sequence of the
     lowest peak; where that peak is within the budget the sequence is optimal among those with first runs in stored order.
     """
     room = budget - problem.resident_bytes
@@ -150,7 +155,7 @@ def refine(
     best = Presence(problem.total_time, None)
     lowest: float = float("inf")
     columns = len(problem.ops) + len(problem.buffers)
-    for _ in range(REFINEMENTS):
+    for _ in range(programs):
         if not at or columns * (len(at) + 1) > LARGEST or clock.monotonic() > deadline:
             break
         found = presence(

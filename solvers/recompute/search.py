@@ -19,7 +19,7 @@ from memplan.solvers.recompute.anneal import anneal, new_best, new_work, record
 from memplan.solvers.recompute.arrays import Graph, pack
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
 from memplan.solvers.recompute.orderless import any_order_bound
-from memplan.solvers.recompute.presence import refine
+from memplan.solvers.recompute.presence import REFINEMENTS, refine
 from memplan.solvers.recompute.reach import proves_infeasible, reach_bound
 from memplan.solvers.recompute.state import LENGTH, LOAD, OVER, N, new_state, reset
 from memplan.validate import check_sequence
@@ -39,6 +39,9 @@ ORDER_WORK = 0.1  # of the order solver's default effort, for an order that need
 EXACT = 1e-6  # of the added time: the tolerance to which HiGHS keeps constraints, so a bound this close is met
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
 LOWERINGS = 20  # targets that a search for the lowest peak sets itself one after the other
+# Where another order alone brings the peak below this share of the stored order's, plans keep little of the stored order,
+# and of its programs only so many are solved: dense random graphs take up to 8 s for one.
+FREE, FEW = 0.98, 2
 FIRST_PRICE = 0.05  # all bytes over the budget of the first sequence together cost this share of the total time
 
 
@@ -232,9 +235,11 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
     if search.best.time[0] <= total * (1 + 1e-12):
         return Bounds(total, total)
     twin = search.twin()
+    free = max(twin.loads(ordered)) < FREE * max(twin.loads(stored))
+    programs = FEW if free else REFINEMENTS
     relaxed = search.beside(
         (lambda: search.round(start or stored, room, *HOT)) if small else (lambda: None),
-        lambda: refine(problem, budget, twin.loads, search.deadline),
+        lambda: refine(problem, budget, twin.loads, search.deadline, programs),
     )
     if search.best.time[0] <= total * (1 + 1e-12):
         return Bounds(total, total)
