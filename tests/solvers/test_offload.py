@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -118,6 +122,46 @@ def test_equal_limits_give_equal_plans() -> None:
     assert solve_offload(problem, budget, limits=SHORT) == solve_offload(problem, budget, limits=SHORT)
 
 
+def test_plain_python_gives_the_same_plan() -> None:
+    """The kernels run uncompiled to the same sequence and offloads."""
+    code = (
+        "import test_offload as t; p = t.random_problem(5, n=10); s = t.Search(p, t.SHORT, float('inf'));"
+        "s.load(range(10), (), t.between(p, 0.3), mix=True); s.anneal(3000, 0.5, 0.01, 0.0); print(s.found(), s.random)"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    out = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"NUMBA_DISABLE_JIT": flag, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for flag in ("0", "1")
+    ]
+    assert out[0] == out[1] and "Offload" in out[0]
+
+
+def test_without_time_there_is_still_an_answer() -> None:
+    problem = random_problem(4)
+    budget = between(problem, 0.5)
+    plan = solve_offload(problem, budget, limits=Limits(seconds=0.0))
+    validate(problem, plan)
+
+
+def test_another_start_order_is_kept_and_its_bound_not_claimed() -> None:
+    """Two independent chains, begun in the other order."""
+    ops = (
+        Op("a", writes=(0,), time=1.0),
+        Op("b", writes=(1,), time=2.0),
+        Op("join", reads=(0, 1), writes=(2,), time=3.0),
+    )
+    problem = Problem(ops, (Buffer("a", 5), Buffer("b", 7), Buffer("c", 1)), (2,), tiers=(DISK,))
+    plan = solve_offload(problem, 13, limits=SHORT, start=(1, 0, 2))
+    validate(problem, plan)
+    assert plan.sequence == (1, 0, 2) and plan.bound_scope == "any order" and plan.status == Status.OPTIMAL
+
+
 def test_a_loaded_plan_is_the_plan() -> None:
     problem = random_problem(11)
     budget = between(problem, 0.3)
@@ -186,6 +230,17 @@ def test_the_validator_refuses(stay: Offload, match: str) -> None:
     problem, plan = chain(Tier("disk", 10, 1.0, 1.0, 2.0))
     with pytest.raises(PlanError, match=match):
         check_plan(problem, plan.sequence, (stay,))
+
+
+def test_a_copy_crosses_once() -> None:
+    """A copy that goes twice to one tier is sent there once."""
+    ops = tuple(Op(f"op{i}", reads=(0,) if i in (3, 6) else (), writes=(i,), time=10.0) for i in range(7))
+    problem = Problem(ops, tuple(Buffer(f"b{i}", 10) for i in range(7)), (6,), tiers=(Tier("disk", 10, 1.0, 1.0, 0.0),))
+    first = Offload(0, 0, 1, 2, 2, 3, "disk")
+    again = Offload(0, 0, 4, 4, 5, 6, "disk")
+    assert check_plan(problem, tuple(range(7)), (first, again))[1] == 70.0, "out under op 1, in under ops 2 and 5"
+    with pytest.raises(PlanError, match="has it"):
+        check_plan(problem, tuple(range(7)), (first, Offload(0, 0, 4, 5, 5, 6, "disk")))
 
 
 def test_a_tier_holds_no_more_than_it_can() -> None:
