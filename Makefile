@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format lint types bench clean
+.PHONY: demo test fuzz check format lint types bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 tests
+
+# Thousands of random models, other ones on every run
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 tests/fuzz --hypothesis-profile nightly
 
 check: format lint types test
 

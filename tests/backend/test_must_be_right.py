@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import memplan
 from tests.backend.compare import FAST, compare
@@ -102,6 +103,22 @@ def test_checkpoint_regions_inside_the_model():
 def test_checkpoint_with_dropout_inside_the_model():
     def block(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(lambda y: F.dropout(gelu_tanh(y), 0.3), x, use_reentrant=False)
+
+    compare(lambda: Deep(block), (X,), budget="75%")
+
+
+def save_products(_, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op == torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpoint_with_dropout_inside_the_model():
+    contexts = functools.partial(create_selective_checkpoint_contexts, save_products)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        def region(y: torch.Tensor) -> torch.Tensor:
+            return F.dropout(gelu_tanh((y @ y.T).softmax(-1) @ y), 0.3)
+
+        return checkpoint(region, x, use_reentrant=False, context_fn=contexts)
 
     compare(lambda: Deep(block), (X,), budget="75%")
 
@@ -353,3 +370,28 @@ def train_step(model: nn.Module, run: Any, x: torch.Tensor) -> None:
         for p in model.parameters():
             p -= 0.1 * p.grad
             p.grad = None
+
+
+def test_a_tangent_shares_no_memory_with_the_argument_its_output_looks_at():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(X.clone())
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.chunk(self.weight, 2)
+
+    compare(Halves, (X,), budget=None)
+
+
+def test_a_backward_in_which_nothing_runs():
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    torch._dynamo.reset()
+    run = torch.compile(lambda t: torch.add(t, 2), backend="memplan", options=FAST)
+    run(x).square().sum().backward()
+    torch.add(y, 2).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_a_random_op_that_is_given_its_device():
+    compare(lambda: Deep(lambda x: gelu_tanh(x + 0.1 * torch.randn(16, device="cpu")), layers=6), (X,), budget="70%")

@@ -1,0 +1,31 @@
+"""Random models under random options, compared with eager. ``make fuzz`` runs thousands of new ones."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+
+from tests.fuzz.harness import check
+from tests.fuzz.recipes import Recipe, Run, recipes, runs
+
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+
+
+def cases(by_default: int, nightly: int) -> settings:
+    """Profile "fuzz" draws the same cases every time, "nightly" others on every run."""
+    profile = settings.get_profile("nightly" if NIGHTLY else "fuzz")
+    return settings(profile, max_examples=nightly if NIGHTLY else by_default)
+
+
+LONGEST = 10 if NIGHTLY else 5
+
+
+@cases(70, 1400)
+@given(recipes(LONGEST), runs(arbitrary=True))
+def test_every_valid_plan_gives_what_eager_gives(recipe: Recipe, run: Run) -> None:
+    check(recipe, run)
+
+
+@cases(30, 600)
+@given(recipes(LONGEST), runs(arbitrary=False))
+def test_every_budget_gives_what_eager_gives(recipe: Recipe, run: Run) -> None:
+    check(recipe, run)
