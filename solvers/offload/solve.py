@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from memplan.outcome import Limits, Status
 from memplan.plans import Plan
-from memplan.problem import Problem
+from memplan.problem import Op, Problem
 from memplan.solvers.offload.bound import home_bound, least_time, offload_peak_bound, streamed, tightest
 from memplan.solvers.offload.program import LARGEST, columns, decide
 from memplan.solvers.offload.search import Search
@@ -62,8 +62,11 @@ def solve_offload(
 
 def _reordered(problem: Problem, order: tuple[int, ...], place: dict[int, int]) -> Problem:
     """The problem with another stored order; ``place``: where each op stands in it."""
-    ops = (problem.ops[i] for i in order)
-    return replace(problem, ops=tuple(replace(op, after=tuple(place[j] for j in op.after)) for op in ops))
+
+    def placed(op: Op) -> Op:
+        return replace(op, after=tuple(place[j] for j in op.after), after_all=tuple(place[j] for j in op.after_all))
+
+    return replace(problem, ops=tuple(placed(problem.ops[i]) for i in order))
 
 
 def _solve(problem: Problem, budget: int, limits: Limits, sequence: tuple[int, ...], recompute: bool) -> Plan:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from memplan.errors import PlanError
 from memplan.outcome import Limits
-from memplan.problem import Buffer, Category, Op, Phase, Problem
+from memplan.problem import Buffer, Category, Op, Phase, Problem, Tier
+from memplan.solvers.offload import offload_peak_bound, solve_offload
 from memplan.solvers.order import polish_order, solve_order
 from memplan.solvers.recompute import minimise_peak, solve_recompute
 from memplan.validate import check_sequence, validate
@@ -16,8 +17,9 @@ from memplan.validate import check_sequence, validate
 WORK = Limits(work=0.02)
 
 
-def chain(sizes: list[int]) -> Problem:
-    """A chain of layers, each with a weight that its backward updates: forward k reads weight k, update k changes it."""
+def chain(sizes: list[int], home: str = "") -> Problem:
+    """A chain of layers, each with a weight that its backward updates: forward k reads weight k, update k changes it and
+    a state, which has its home on a disk if asked."""
     n = len(sizes)
     buffers = [Buffer(f"w{k}", 8, Category.PARAMETER) for k in range(n)] + [Buffer("x", 4, Category.INPUT)]
     ops: list[Op] = []
@@ -32,12 +34,13 @@ def chain(sizes: list[int]) -> Problem:
         gradient, down = len(buffers) - 2, len(buffers) - 1
         reads = tuple(dict.fromkeys((upstream, made[k], k)))
         ops.append(Op(f"backward{k}", reads=reads, writes=(gradient, down), time=2.0, phase=Phase.BACKWARD))
-        readers = (k, len(ops) - 1)
-        ops.append(
-            Op(f"update{k}", reads=(gradient, k), mutates=(k,), after_all=readers, phase=Phase.OPTIMIZER, once=True)
-        )
+        buffers.append(Buffer(f"state{k}", 16, Category.OPTIMIZER, home=home))
+        state, readers = len(buffers) - 1, (k, len(ops) - 1)
+        reads, changes = (gradient, k, state), (k, state)
+        ops.append(Op(f"update{k}", "", reads, (), changes, (), readers, phase=Phase.OPTIMIZER, once=True))
         upstream = down
-    return Problem(tuple(ops), tuple(buffers), outputs=(upstream,))
+    disk = Tier("disk", 10_000, write=8.0, read=16.0, latency=0.5)
+    return Problem(tuple(ops), tuple(buffers), outputs=(upstream,), tiers=(disk,) if home else ())
 
 
 def test_the_validator_knows_the_rule() -> None:
@@ -60,3 +63,15 @@ def test_every_solver_keeps_it(sizes: list[int], share: float) -> None:
     validate(problem, solve_recompute(problem, max(lowest.peak, int(share * peak)), limits=WORK))
     validate(problem, solve_order(problem, limits=WORK))
     check_sequence(problem, polish_order(problem, lowest.sequence, limits=WORK))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.floats(0.5, 0.95))
+def test_beside_states_on_disk(sizes: list[int], share: float) -> None:
+    problem = chain(sizes, home="disk")
+    peak, _ = check_sequence(problem, tuple(range(len(problem.ops))))
+    n = len(sizes)
+    late = (*range(n), *range(n, 3 * n, 2), *range(n + 1, 3 * n, 2))  # another order: all updates at the end
+    plan = solve_offload(problem, max(offload_peak_bound(problem), int(share * peak)), limits=WORK, start=late)
+    validate(problem, plan)
+    assert {stay.buffer for stay in plan.offloads} >= set(problem.homed)
