@@ -57,8 +57,9 @@ class Space:
                 start = offset
                 while not self._free(start, start + size):
                     start += max(self.height, ALIGNMENT)
+            span = Span(self, start, size)  # first: an interrupt from the keyboard then loses no bytes
             insort(self._taken, (start, start + size))
-        return Span(self, start, size)
+        return span
 
     def give(self, start: int) -> None:
         self._given.append(start)
@@ -74,4 +75,7 @@ class Space:
 
     def _drain(self) -> None:
         while self._given:
-            del self._taken[bisect_left(self._taken, (self._given.popleft(), 0))]
+            start = self._given.popleft()
+            at = bisect_left(self._taken, (start, 0))
+            if at < len(self._taken) and self._taken[at][0] == start:
+                del self._taken[at]

@@ -6,7 +6,9 @@ import copy
 import gc
 import os
 import resource
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,29 @@ def test_exception_in_the_middle_of_a_step(
     gc.collect()
     assert store.space.idle
     run(inputs(), good).backward()
+
+
+def test_interrupted_from_the_keyboard(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+    run = compiled(net)
+    step(run, net)
+    store = recent_plans()[-1].stores["disk"]
+    interrupted = 0
+    for k in range(12):
+        timer = threading.Timer(0.001 + 0.002 * k, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            for _ in range(200):
+                step(run, net)
+        except KeyboardInterrupt:
+            interrupted += 1
+        timer.join()
+        net.zero_grad(set_to_none=True)
+        assert_same(step(run, net, 1), wanted[1])
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while not store.space.idle and time.monotonic() < deadline:
+        time.sleep(0.01)  # transfers under way end before their bytes are free
+    assert interrupted == 12 and store.space.idle
 
 
 def test_saved_tensors_copied_by_a_hook_are_refused(net: Net, offloading: None) -> None:
