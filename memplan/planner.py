@@ -136,6 +136,9 @@ def plan_capture(
         plan.recomputed,
         100 * plan.gap,
     )
+    if plan.offloads:
+        waited = planned.timeline.waited
+        log.info("%d stays on slower tiers, for which the step waits %.4g us", len(plan.offloads), waited)
     return planned
 
 

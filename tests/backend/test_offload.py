@@ -162,6 +162,15 @@ def test_several_forwards_before_their_backwards(wanted: list[list[torch.Tensor]
     assert recent_plans()[-1].stores["disk"].space.idle
 
 
+def test_a_retained_graph(net: Net, offloading: None) -> None:
+    run = compiled(net)
+    loss = run(inputs())
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    loss.backward()
+    assert_same([p.grad for p in net.parameters() if p.grad is not None], [2 * grad for grad in once])
+
+
 def test_forward_without_backward(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
     run = compiled(net)
     for _ in range(4):
