@@ -32,7 +32,17 @@ Step = Callable[[], torch.Tensor]
 
 STEPS = 20
 WAYS = {
-    "gpt2": ("eager", "eager+hooks", "backend", "step", "step@75%", "step@50%", "step@35%", "step+disk@50%"),
+    "gpt2": (
+        "eager",
+        "eager+hooks",
+        "backend",
+        "step",
+        "step@75%",
+        "step@50%",
+        "step@35%",
+        "step+disk@50%",
+        "step+disk@12%",
+    ),
     "gpt2+dropout": ("eager", "step", "step@50%"),
     "gpt2-wide": ("eager", "eager+hooks", "backend", "step", "step+disk@75%", "step+disk@55%"),
 }
@@ -167,6 +177,8 @@ def predicted(planned: Any) -> Record:
             most = max(most, live)
             live -= sum(size[s] for s in step.frees)
         found[key] = most
+    at_peak = (program.storages[s] for s in planned.timeline.alive(planned.timeline.peak_step))
+    found["state_at_peak"] = sum(s.size for s in at_peak if s.category == "optimizer")
     return found
 
 

@@ -106,8 +106,7 @@ class Step:
         self._captured: list[tuple[Executable, list[int], tuple[Trained, ...]]]
         self._whole: Callable[..., torch.Tensor] = self._fresh()
         self._usual: Callable[..., torch.Tensor] | None = None  # the loss alone, where the whole step cannot be traced
-        self._names = _names(model, loss_fn)
-        self._check_parameters()
+        self._names = self._checked_names()
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._loss_fn is not None and not args:
@@ -126,8 +125,7 @@ class Step:
     def _in_one(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         form = [(id(p), index, update) for p, (index, update) in updates_of(self._optimizer).items()]
         if form != self._form:
-            self._check_parameters()
-            self._form, self._whole = form, self._fresh()
+            self._names, self._form, self._whole = self._checked_names(), form, self._fresh()
         if any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"]):
             raise InputError("a parameter has a gradient already, which this step would ignore; call zero_grad() first")
         with torch.enable_grad():
@@ -237,11 +235,15 @@ class Step:
         named = [kind._replace(name=trained[k].name) if k in trained else kind for k, kind in enumerate(kinds)]
         return whole_step(joint, forward_outputs, named, trained, self._max_norm), places
 
-    def _check_parameters(self) -> None:
+    def _checked_names(self) -> dict[torch.Tensor, str]:
+        """Every parameter that a step may train, by its path; a loss may have some, too."""
+        modules = [m for m in (self._loss_fn, self._model) if isinstance(m, torch.nn.Module)]
+        names: dict[torch.Tensor, str] = {p: name for m in modules for name, p in m.named_parameters()}
         for index, group in enumerate(self._optimizer.param_groups):
             for k, parameter in enumerate(group["params"]):
-                if parameter not in self._names:
+                if parameter not in names:
                     raise InputError(f"parameter {k} of the optimizer's group {index} is not one of the model's")
+        return names
 
 
 def _check_updates(problem: Problem) -> None:
@@ -278,12 +280,6 @@ def _loss(self: torch.nn.Module, loss_fn: Loss | None, *args: Any, **kwargs: Any
     if loss is None:
         raise InputError(f"the model returns no loss but a {type(output).__name__}; give a loss_fn")
     return loss
-
-
-def _names(model: torch.nn.Module, loss_fn: object) -> dict[torch.Tensor, str]:
-    """Every parameter that a step may train, by its path; a loss may have some, too."""
-    modules = [m for m in (loss_fn, model) if isinstance(m, torch.nn.Module)]
-    return {p: name for m in modules for name, p in m.named_parameters()}
 
 
 def _places(joint: fx.GraphModule) -> list[int]:

@@ -135,6 +135,14 @@ def test_groups_frozen_and_unused_parameters() -> None:
         list(model_losses)
     assert same(ours, theirs)
     assert ours.unused not in a.state and ours[0].weight not in a.state
+    for model, optimizer in ((ours, a), (theirs, b)):  # a fine-tuning schedule: thaw one, train a new one
+        model[0].weight.requires_grad_(True)
+        model[2] = nn.PReLU()
+        optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.3})
+    for model_losses in ((step(x, y) for x, y in batches(2)), eager(theirs, b, batches(2))):
+        torch.manual_seed(7)
+        list(model_losses)
+    assert same(ours, theirs) and ours[2].weight in a.state and ours[0].weight in a.state
 
 
 def test_a_budget_changes_no_bit_and_is_kept() -> None:
