@@ -117,7 +117,7 @@ def plan_capture(
     if planned.timeline.peak > plan.peak or (planned.timeline.peak != plan.peak and not plan.offloads):
         raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
     if options.fusion_enabled and plan.offloads:
-        log.warning("no fusion: the plan sends copies to a slower tier, and regions do not move with their transfers yet")
+        log.warning("no fusion: regions do not yet move with the transfers of a plan that offloads")
     elif options.fusion_enabled:
         planned = _fused(planned, wanted, options, limits)
         trace.graph("fused", planned.scheduled.graph_module)

@@ -24,6 +24,7 @@ from memplan.errors import OptionError, TierError
 from memplan.options import Options
 from memplan.plans import Plan
 from memplan.problem import Problem, Tier
+from memplan.program import Program
 from tests.peak import peak_above
 from tests.stays import with_stays
 
@@ -106,6 +107,21 @@ def test_same_bits(wanted: list[list[torch.Tensor]], net: Net, offloading: None)
     assert planned.timeline.peak < planned.plan.unplanned_peak
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 12])
+def test_same_bits_however_early(
+    ahead: int, wanted: list[list[torch.Tensor]], net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = planner.solve
+    monkeypatch.setattr(planner, "slower_tiers", lambda *_: (Tier("disk", 1 << 40, 1e3, 1e3, 10.0),))
+    monkeypatch.setattr(
+        planner, "solve", lambda problem, *rest: with_stays(problem, solve(problem, *rest), ahead=ahead)
+    )
+    run = compiled(net)
+    for seed in range(2):
+        assert_same(step(run, net, seed), wanted[seed])
+    assert recent_plans()[-1].plan.offloads
+
+
 def test_measured_peak_is_the_predicted_one(net: Net, offloading: None) -> None:
     run = compiled(net, runtime_estimator="profile")
     x = inputs()
@@ -132,6 +148,7 @@ def test_the_solvers_own_plan(
     planned = recent_plans()[-1]
     assert planned.plan.offloads and planned.timeline.peak <= 0.8 * planned.plan.unplanned_peak
     assert planned.timeline.time == pytest.approx(planned.plan.time)
+    assert Program.from_json(planned.lowered.program.to_json()) == planned.lowered.program
     assert planned.stores["disk"].traffic.bytes_in > 0 and planned.stores["disk"].space.idle
 
 
