@@ -68,14 +68,7 @@ def compile_step(
     """
     given = dict(options) | {"memory_budget": memory_budget}
     settings = Options.resolve(given)
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
-        raise InputError(f"{type(optimizer).__name__} asks for a closure that computes the loss again; a step has none")
-    if loss_fn is not None and not callable(loss_fn):
-        raise InputError(f"loss_fn must be a function of output and target, or None; got {type(loss_fn).__name__}")
+    _check_arguments(model, loss_fn, optimizer)
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise OptionError(f"max_grad_norm must be positive, not {max_grad_norm}")
     if states not in ("device", "disk"):
@@ -258,6 +251,18 @@ def _check_updates(problem: Problem) -> None:
 
 def _first_line(reason: Exception) -> str:
     return next(iter(str(reason).splitlines()), type(reason).__name__)
+
+
+def _check_arguments(model: object, loss_fn: object, optimizer: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InputError(f"loss_fn must be a function of output and target, or None; got {type(loss_fn).__name__}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(f"{type(optimizer).__name__} asks for a closure that computes the loss again; a step has none")
 
 
 def _check_disk(options: Options, optimizer: torch.optim.Optimizer) -> None:
