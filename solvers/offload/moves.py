@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from memplan.solvers.offload.arrays import COUNT, ONCE, READ_ROW, READS, SIZE, TIERS, WIDTH, WRITER
+from memplan.solvers.offload.arrays import COUNT, HOME, ONCE, READ_ROW, READS, SIZE, TIERS, WIDTH, WRITER
 from memplan.solvers.offload.engines import (
     AFTER_FREE,
     AFTER_WAIT,
@@ -244,7 +244,10 @@ def insert(s, slots, g, at, i):
     run = s[FREE_RUNS, s[N, TRIAL_N_FREE]]
     s[OP, run], s[AGAIN, run] = i, 1
     width = g[COUNT, WIDTH]
+    slots[:, run * width : (run + 1) * width] = 0
     slots[TIER, run * width : (run + 1) * width] = NONE
+    for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):  # what has a home comes from there
+        slots[TIER, run * width + k - g[READ_ROW, i]] = g[HOME, g[READS, k]]
     length = s[N, TRIAL_LENGTH]
     for p in range(length, at, -1):
         s[TRIAL, p] = s[TRIAL, p - 1]

@@ -11,7 +11,7 @@ from memplan.problem import Op, Problem
 from memplan.solvers.offload.bound import home_bound, least_time, offload_peak_bound, streamed, tightest
 from memplan.solvers.offload.program import LARGEST, columns, decide
 from memplan.solvers.offload.search import Search
-from memplan.solvers.offload.start import realise
+from memplan.solvers.offload.start import comes_and_goes, realise
 from memplan.solvers.recompute import solve_recompute
 from memplan.validate import check_plan, check_sequence
 
@@ -73,7 +73,7 @@ def _solve(problem: Problem, budget: int, limits: Limits, sequence: tuple[int, .
     if not recompute:
         sequence = tuple(range(len(problem.ops)))
     search = Search(problem, limits, limits.deadline())
-    search.load(sequence, (), budget, mix=recompute)
+    search.load(sequence, comes_and_goes(problem, sequence), budget, mix=recompute)
     bound, floor = home_bound(problem), offload_peak_bound(problem)
     if budget >= floor:
         try:
@@ -132,7 +132,7 @@ def _without_offload(search: Search, budget: int, bound: float) -> None:
     if len(plain.ops) > MANY and search.best.time[0] <= _order_bound(plain, budget, search, again=True):
         return
     plan = solve_recompute(plain, budget, limits=search.rest_of_limits())
-    search.load(plan.sequence, (), budget, mix=True)
+    search.load(plan.sequence, comes_and_goes(search.problem, plan.sequence), budget, mix=True)
     search.anneal(search.moves // 2, *COLD, bound * (1 + CLOSE))
     search.say(f"from recomputation alone: best time {search.best.time[0]:.6g}")
 

@@ -27,7 +27,7 @@ def realise(
     """First runs in stored order; what is lost at a position runs again, with what it lacks, before its next use, and
     what is away returns for it. The peak may be over the budget, and a transfer too short of time is waited for.
 
-    Without a decision: every op once, and what has its home on a tier comes for its first use and goes after its last.
+    Without a decision: every op once, and what has its home on a tier comes for each use and goes after it.
     """
     assert decision.present is not None
     ops, writer, home = problem.ops, problem.writer, [buffer.home for buffer in problem.buffers]
@@ -46,8 +46,11 @@ def realise(
             since = used.get(b, -1) + 1
             stay = Offload(b, made.get(b, -1), since, since, len(sequence), len(sequence), tiers[where.tier])
             stays.append((stay, where))
-        here.add(b)
         used[b] = len(sequence)
+        if home[b] and not at:
+            away[b] = _Absence(tiers.index(home[b]), len(ops), used[b])
+        else:
+            here.add(b)
 
     for t in range(len(ops) + 1):
         goal = tuple(b for b in problem.outputs if writer[b] >= 0) if t == len(ops) else problem.operands[t]
@@ -84,6 +87,18 @@ def realise(
     return tuple(sequence), _timed(problem, sequence, stays)
 
 
+def comes_and_goes(problem: Problem, sequence: Sequence[int]) -> tuple[Offload, ...]:
+    """Offloads of any sequence by which what has its home on a tier comes for each use, the step waiting."""
+    last = dict.fromkeys(problem.homed, -1)
+    stays = []
+    for p, i in enumerate(sequence):
+        for b in dict.fromkeys(problem.ops[i].reads):
+            if b in last:
+                stays.append(Offload(b, -1, last[b] + 1, last[b] + 1, p, p, problem.buffers[b].home))
+                last[b] = p
+    return tuple(stays)
+
+
 def _timed(problem: Problem, sequence: list[int], stays: list[tuple[Offload, _Absence]]) -> tuple[Offload, ...]:
     """Copies out one after the other from the last use on, copies in so that each ends where the next must start."""
     times = [problem.ops[i].time for i in sequence]
@@ -98,7 +113,7 @@ def _timed(problem: Problem, sequence: list[int], stays: list[tuple[Offload, _Ab
             continue  # its home has it
         link, size = links[stay.tier], problem.buffers[stay.buffer].size
         free[stay.tier] = max(free[stay.tier], starts[stay.out_from]) + link.latency + size / link.write
-        gone = min(bisect_left(starts, free[stay.tier]), must.first)
+        gone = min(bisect_left(starts, free[stay.tier]), must.first, stay.in_until)
         timed[n] = replace(stay, out_until=max(gone, stay.out_from))
     busy = dict.fromkeys(links, float("inf"))
     for n in sorted(range(len(stays)), key=lambda n: -stays[n][0].in_until):
