@@ -22,6 +22,7 @@ _REDUCTIONS = [
     "logsumexp",
     "linalg_vector_norm",
     "_softmax",
+    "_safe_softmax",
     "_softmax_backward_data",
     "_log_softmax",
     "_log_softmax_backward_data",

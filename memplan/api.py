@@ -17,6 +17,7 @@ from memplan.decisions import decisions_of
 from memplan.errors import BudgetInfeasibleError, InputError, OptionError
 from memplan.options import Options
 from memplan.outcome import Limits
+from memplan.passes.coverage import coverage
 from memplan.planner import Planned, realise, stored_plan
 from memplan.plans import Plan
 from memplan.problem import Category
@@ -85,6 +86,8 @@ def analyze(
     notes = (
         () if len(graphs) == 1 else (f"{len(graphs)} graphs (graph breaks); shown is the one with the largest peak",)
     )
+    if memory_budget is not None:
+        notes = (*notes, str(coverage(main.scheduled, main.problem, main.plan.budget)))
     before = realise(main.built, stored_plan(main.problem), settings).lowered.program
     shown = main.lowered.program if memory_budget is not None else before
     return Analysis.of(
