@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz check format lint types bench clean
+.PHONY: demo test fuzz test-torch check format lint types bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,17 @@ test: $(VENV)/.ready
 # Thousands of random models, other ones on every run
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 tests/fuzz --hypothesis-profile nightly
+
+# The backend's tests under another torch, in an environment of its own: `make test-torch TORCH=2.11.0`. Set PIP_INDEX_URL
+# to an index of CPU builds: on Linux the default one has those with CUDA.
+TORCH ?= 2.11.0
+OTHER = .venv-torch-$(TORCH)
+test-torch:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(OTHER)/bin/pip install --quiet torch==$(TORCH)
+	$(OTHER)/bin/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(OTHER)/bin/python -m pytest -n 2 tests/backend tests/fuzz
 
 check: format lint types test
 

@@ -67,8 +67,10 @@ def drive(file: Path, wanted: list[str] | None, force: bool) -> None:
             done = {name for name in chunk if name in rows and rows[name].pop("fresh", False)}
             chunk = [name for name in chunk if name not in done]
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(report(environment(), [rows[n] for n in sorted(rows)]), indent=1) + "\n")
-    print(json.dumps(report(environment(), list(rows.values()))["summary"], indent=1))
+            file.write_text(
+                json.dumps(report(environment(), len(operators()), [rows[n] for n in sorted(rows)]), indent=1) + "\n"
+            )
+    print(json.dumps(report(environment(), len(operators()), list(rows.values()))["summary"], indent=1))
 
 
 def _chunk(names: list[str]) -> list[dict[str, Any]]:
@@ -87,13 +89,14 @@ def _chunk(names: list[str]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def report(where: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def report(where: dict[str, Any], database: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The file's content: a summary, the ops that do not pass with their reasons, then every row."""
     verdicts = Counter(row["verdict"] for row in rows)
     right = verdicts["pass"] + verdicts["unplanned"]
     compared = right + verdicts["wrong"] + verdicts["error"] + verdicts["crash"]
     summary = {
-        "ops": len(rows),
+        "ops_in_the_database": database,
+        "ops_run": len(rows),
         "pass_under_aot_eager": compared,
         "pass_under_memplan": right,
         "of_them_unplanned": verdicts["unplanned"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class Normalise:
     * CPU dropout becomes its mask (random, a byte an element) and the masking (recomputable from the mask), with the
       arithmetic of aten's own CPU kernel.
     * A random op gets its generator's state as an operand, so that it may run again from that state.
+    * A functional copy into a contiguous tensor becomes a clone of what is copied: aten's would read, and clone with its
+      whole storage, the tensor that it overwrites.
     * A copy that changes nothing (dropout of probability 0 leaves one) disappears, as it does in eager.
     * A batch norm's backward in training ignores the running statistics; they are no longer held for it.
     """
@@ -89,6 +92,29 @@ def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
+def _copy_as_clone(graph: fx.Graph, node: fx.Node) -> bool:
+    """For equal shapes and dtypes; ``new_empty_strided`` and the like are then read by nothing."""
+    target, source = node.args[0], node.args[1]
+    if not isinstance(target, fx.Node) or not isinstance(source, fx.Node):
+        return False
+    value, given = node.meta["val"], source.meta["val"]
+    if torch_compat.free_symbols(value) or torch_compat.free_symbols(given):
+        return False
+    if (given.shape, given.dtype, given.device) != (value.shape, value.dtype, value.device):
+        return False
+    if not value.is_contiguous() or value.storage_offset() != 0:
+        return False
+    mode = torch_compat.detect_fake_mode([value])
+    with mode if mode is not None else contextlib.nullcontext():
+        fresh = torch.empty_like(value, memory_format=torch.contiguous_format)
+    with graph.inserting_before(node):
+        new = _call(graph, node, aten.clone.default, (source,), fresh)
+    new.kwargs = {"memory_format": torch.contiguous_format}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return True
+
+
 def _border(graph: fx.Graph) -> list[fx.Node]:
     """Nodes whose values the caller sees: placeholders, constants and results."""
     output = next(reversed(graph.nodes))
@@ -97,6 +123,7 @@ def _border(graph: fx.Graph) -> list[fx.Node]:
 
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], bool]] = {
     aten.clone.default: _drop_copy,
+    aten.copy.default: _copy_as_clone,
     aten.native_dropout.default: _split_dropout,
     aten.native_batch_norm_backward.default: _drop_running_statistics,
 }

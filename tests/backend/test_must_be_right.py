@@ -395,3 +395,26 @@ def test_a_backward_in_which_nothing_runs():
 
 def test_a_random_op_that_is_given_its_device():
     compare(lambda: Deep(lambda x: gelu_tanh(x + 0.1 * torch.randn(16, device="cpu")), layers=6), (X,), budget="70%")
+
+
+def test_writing_into_a_view_takes_what_the_plan_says():
+    """aten's functional copy would clone the whole storage of the view it overwrites."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(512))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.tanh(x + self.bias).clone()
+            y.view(-1)[:3].mul_(0.5).add_(0.1)
+            return torch.tanh(y).square().mean()
+
+    x = torch.linspace(-1, 1, 64 * 512).reshape(64, 512)
+    compare(Written, (x,), budget="95%")
+    model = Written()
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="memplan", options=FAST | {"objective": "peak"})
+    train_step(model, run, x)
+    planned = memplan.recent_plans()[-1]
+    assert peak_above(lambda: train_step(model, run, x)) <= planned.timeline.peak - planned.problem.resident_bytes
