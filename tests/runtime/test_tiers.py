@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import multiprocessing
 import os
@@ -76,13 +77,15 @@ def test_every_layout_comes_back(make: Callable[[], torch.Tensor], tmp_path: Pat
 
 def test_buffered_where_direct_is_not_allowed(tmp_path: Path) -> None:
     place = store(tmp_path)
-    place.file(0).direct = False
-    os.set_blocking(place.file(0).descriptor, True)  # clears no flag of ours
-    import fcntl
-
-    descriptor = place.file(0).descriptor
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+    file = place.file(0)
+    file.direct = False
+    fcntl.fcntl(file.descriptor, fcntl.F_SETFL, fcntl.fcntl(file.descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
     there_and_back(place)
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a tmpfs")
+def test_in_a_tmpfs() -> None:
+    there_and_back(store(Path("/dev/shm")))
 
 
 def test_a_ticket_holds_its_bytes_until_its_last_copy_dies(tmp_path: Path) -> None:
