@@ -426,7 +426,8 @@ def test_states_on_disk(tmp_path: Any) -> None:
         most = max(most, live)
         live -= sum(size[s] for s in at.frees)
     total = sum(v.nbytes for s in a.state.values() for v in s.values() if v.dim())
-    assert most <= 0.5 * total
+    assert sum(size[s] for s in program.resident) <= 0.1 * total  # biases; what more is there at once, the plan decides
+    assert most < total
     above = peak_above(lambda: step(x, y))
     assert step.planned is not None and step.planned.problem.resident_bytes + above <= (step.planned.plan.budget or 0)
 
