@@ -2,7 +2,7 @@
 
 ``state`` holds a sequence of runs and weighs edits of it, ``moves`` makes the edits, ``anneal`` accepts them; all three
 are compiled, and run as plain Python to the same sequence. ``presence`` bounds the time for the stored order by small
-integer programs, whose solutions start the search; ``bound`` and ``reach`` bound the peak. ``search`` puts them
+integer programs, whose solutions start the search, and ``orderless`` for any order; ``bound`` and ``reach`` bound the peak. ``search`` puts them
 together; ``exact`` is the reference that tests and benchmarks compare with.
 """
 

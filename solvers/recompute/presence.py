@@ -147,8 +147,8 @@ def refine(
     """Programs of growing exactness: each also keeps the budget where the last one's sequence broke it most.
 
     ``weigh``: the loads of a sequence, without the resident bytes; ``deadline``: of time.monotonic(); ``programs``: at
-    most so many. Returns the best bound with the sequence of the
-    lowest peak; where that peak is within the budget the sequence is optimal among those with first runs in stored order.
+    most so many. Returns the best bound with the sequence of the lowest peak; where that peak is within the budget the
+    sequence is optimal among those with first runs in stored order.
     """
     room = budget - problem.resident_bytes
     at = tightest(problem, budget, 1)
