@@ -141,7 +141,7 @@ def edit(g, duration, s, slots, v, t, random):
         at = pick_again(s, random)
         if at != NONE:
             if kind < 88:
-                return shift(s, v, at, random)
+                return shift(g, s, v, at, random)
             return drop(g, duration, s, slots, v, t, at, random)
     if kind < 20:
         at = draw(random, s[N, LENGTH])

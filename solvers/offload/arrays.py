@@ -23,7 +23,8 @@ HELD = 8  # forward outputs that an op makes
 KEPT = 9  # buffers held or at home when the step ends, HELD left out
 WORKSPACE, FORWARD, ONCE = 10, 11, 12  # per op: bytes, and 1 for those
 CAPACITY = 13  # per tier: bytes
-COUNT = 14  # the numbers named below
+UNTIL_FIRST = 14  # per op: the op before whose first run all its runs come (-1: none)
+COUNT = 15  # the numbers named below
 OPS, BUFFERS, TIERS, N_HELD, N_KEPT, WIDTH = 0, 1, 2, 3, 4, 5  # WIDTH: the most reads of an op
 
 
@@ -56,6 +57,7 @@ def pack(problem: Problem) -> Graph:
         [op.phase == Phase.FORWARD for op in ops],
         [op.once for op in ops],
         [tier.capacity for tier in problem.tiers],
+        [min((u for u, op in enumerate(ops) if i in op.after_all), default=-1) for i in range(len(ops))],
         [len(ops), len(buffers), len(names), len(held), len(kept), max((len(r) for r in reads), default=0)],
     ]
     table = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from memplan.solvers.offload.arrays import COUNT, HOME, ONCE, READ_ROW, READS, SIZE, TIERS, WIDTH, WRITER
+from memplan.solvers.offload.arrays import COUNT, HOME, ONCE, READ_ROW, READS, SIZE, TIERS, UNTIL_FIRST, WIDTH, WRITER
 from memplan.solvers.offload.engines import (
     AFTER_FREE,
     AFTER_WAIT,
@@ -312,6 +312,8 @@ def recompute(g, duration, s, slots, v, n, random):
             j -= 1
         s[CHAIN, j + 1] = i
     for k in range(count):
+        if g[UNTIL_FIRST, s[CHAIN, k]] != NONE and at > v[FIRST, g[UNTIL_FIRST, s[CHAIN, k]]]:
+            return False
         if not insert(s, slots, g, at, s[CHAIN, k]):
             return False
     return True
@@ -343,12 +345,15 @@ def drop(g, duration, s, slots, v, t, at, random):
 
 
 @njit(cache=True)
-def shift(s, v, at, random):
+def shift(g, s, v, at, random):
     """Edit: move a repeated run to a place nearby."""
     run = take(s, at)
     first = v[FIRST, s[OP, run]]
     to = at + (1 + draw(random, 16)) * (1 - 2 * draw(random, 2))
-    to = min(max(to, first + 1), s[N, TRIAL_LENGTH])
+    last = s[N, TRIAL_LENGTH]
+    if g[UNTIL_FIRST, s[OP, run]] != NONE:
+        last = v[FIRST, g[UNTIL_FIRST, s[OP, run]]] - 1
+    to = min(max(to, first + 1), last)
     for p in range(s[N, TRIAL_LENGTH], to, -1):
         s[TRIAL, p] = s[TRIAL, p - 1]
     s[TRIAL, to] = run

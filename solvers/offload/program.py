@@ -58,6 +58,8 @@ class Program:
         self.held = {b for b in problem.forward_outputs if problem.writer[b] >= 0 and self.begin < self.ops}
         self.live = [b for b, w in enumerate(problem.writer) if w >= 0 or problem.buffers[b].home]
         self.uses = problem.readers
+        followers = {i: u for u in reversed(range(self.ops)) for i in problem.ops[u].after_all}
+        self.last = [followers.get(i, self.ops) for i in range(self.ops)]  # the op before which all runs of op i come
 
     def p(self, b: int, k: int) -> int:
         return k * self.block + b
@@ -99,7 +101,7 @@ class Program:
         longer = [(-op.time / self.unit, self.y(i, k)) for i, op in enumerate(ops[:first]) if not op.once]
         self.row(0.0, (1.0 / self.unit, self.e(k)), (-1.0 / self.unit, self.z(k)), *longer)
         for i in range(min(first, n)):
-            if self.again and not ops[i].once:
+            if self.again and not ops[i].once and self.last[i] >= first:
                 self.high[self.y(i, k)] = 1.0
                 self.cost[self.y(i, k)] = ops[i].time
                 for b in self.problem.operands[i]:

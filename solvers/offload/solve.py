@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from memplan.errors import PlanError
 from memplan.outcome import Limits, Status
 from memplan.plans import Plan
 from memplan.problem import Op, Problem
@@ -142,6 +143,15 @@ def _order_bound(problem: Problem, budget: int, search: Search, again: bool) -> 
     return decide(problem, budget, tightest(problem, budget, 1), again=again, seconds=search.seconds_left()).bound
 
 
+def _is_valid(problem: Problem, sequence: tuple[int, ...]) -> bool:
+    """A realised solution may run an op again, in the right interval, but after its operand was updated."""
+    try:
+        check_sequence(problem, sequence)
+    except PlanError:
+        return False
+    return True
+
+
 def _programs(search: Search, budget: int, bound: float, mix: bool) -> float:
     """Repair the programs' solutions, and polish the best plan; returns the best bound. ``mix``: ops may run again."""
     problem = search.problem
@@ -158,7 +168,10 @@ def _programs(search: Search, budget: int, bound: float, mix: bool) -> float:
         search.say(f"program of {count} positions: no plan in this order is faster than {bound:.6g}")
         if decision.present is None:
             break
-        search.load(*realise(problem, at, decision), budget, mix)
+        sequence, offloads = realise(problem, at, decision)
+        if not _is_valid(problem, sequence):
+            break
+        search.load(sequence, offloads, budget, mix)
         search.anneal(search.moves // 2, *COLD, enough)
         search.say(f"repaired: best time {search.best.time[0]:.6g}")
     search.load(*search.found(), budget, mix)

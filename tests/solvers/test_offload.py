@@ -248,3 +248,36 @@ def test_a_tier_holds_no_more_than_it_can() -> None:
     with pytest.raises(PlanError, match="holds 10 bytes"):
         validate(problem, plan)
     assert solve_offload(problem, 20, limits=SHORT, recompute=False).status == Status.TIMED_OUT
+
+
+def test_weights_and_states_of_a_training_step_stream() -> None:
+    """All weights and states at home on the disk, a third of them fits: each update goes home, most of it hidden."""
+    layers = 8
+    weight, state, act, grad, back = (range(k * layers, (k + 1) * layers) for k in range(5))
+    sizes = (100, 200, 20, 100, 20)
+    buffers = [Buffer(f"{k}.{i}", sizes[k], home="disk" if k < 2 else "") for k in range(5) for i in range(layers)]
+    ops = [Op(f"f{i}", reads=(weight[i], *act[i - 1 : i]), writes=(act[i],), time=10.0) for i in range(layers)]
+    for i in reversed(range(layers)):
+        reads = (weight[i], act[i], *back[i + 1 : i + 2])
+        ops.append(Op(f"b{i}", reads=reads, writes=(grad[i], back[i]), time=20.0, phase=Phase.BACKWARD, once=True))
+        changed = (weight[i], state[i])
+        after = (i, len(ops) - 1)
+        reads = (*changed, grad[i])
+        ops.append(
+            Op(
+                f"u{i}",
+                reads=reads,
+                mutates=changed,
+                after=after[1:],
+                after_all=after[:1],
+                time=2.0,
+                phase=Phase.OPTIMIZER,
+                once=True,
+            )
+        )
+    rate = 2 * 300 * layers / (32.0 * layers)
+    problem = Problem(tuple(ops), tuple(buffers), tiers=(Tier("disk", 300 * layers, rate, rate, 0.1),))
+    problem.check()
+    plan = solve_offload(problem, 300 * layers // 3, limits=SHORT)
+    validate(problem, plan)
+    assert plan.status in FOUND and plan.bound <= plan.time <= 1.5 * problem.total_time
