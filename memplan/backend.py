@@ -61,13 +61,14 @@ def memplan(
     """The dynamo backend. Raises OptionError before anything compiles, BudgetInfeasibleError at the first call."""
     try:
         settings = Options.resolve(options, mode)
-
-        def compile_one(settings: Options, elsewhere: Elsewhere) -> tuple[Callable[..., Any], Planned | None]:
-            return compile_with(graph_module, example_inputs, settings, elsewhere)
-
         if options is None or settings.memory_budget is None:
-            return compile_one(settings, NOTHING)[0]
-        return Piece(_models.of(options, settings), compile_one)
+            return compile_with(graph_module, example_inputs, settings)[0]
+        described = graph_inputs(graph_module, example_inputs)
+
+        def compile_piece(settings: Options, elsewhere: Elsewhere, inputs: Sequence[Any]) -> Compiled:
+            return compile_with(graph_module, inputs, settings, elsewhere, described=described)
+
+        return Piece(_models.of(options, settings), compile_piece, graph_module, example_inputs)
     except MemplanError as error:
         return raising(error)
 
@@ -78,12 +79,16 @@ def compile_with(
     options: Options,
     elsewhere: Elsewhere = NOTHING,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Callable[..., Any], Planned | None]:
-    """Compile one of dynamo's graphs; what it runs as, and its plan (None for one that runs unplanned)."""
+    described: Sequence[Input] | None = None,
+) -> Compiled:
+    """Compile one of dynamo's graphs; what it runs as, and its plan (None for one that runs unplanned).
+
+    ``described``: what its placeholders are, where ``example_inputs`` cannot tell any more."""
+    known = graph_inputs(graph_module, example_inputs) if described is None else described
 
     def compile_graph(graph_module: fx.GraphModule, budget: int | None) -> Compiled:
         settings = options if budget is None else replace(options, memory_budget=budget + int(options.reserved))
-        graph = _Graph(settings, graph_inputs(graph_module, example_inputs), elsewhere, progress)
+        graph = _Graph(settings, known, elsewhere, progress)
         backend = torch_compat.aot_backend(
             forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
         )

@@ -79,11 +79,15 @@ def enable_inductor(memory_budget: int | str | None = None, **options: Any) -> E
     return Enabled(settings)
 
 
-def _compile(door: object, inductor: Compile, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile(
+    door: object, inductor: Compile, graph_module: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
     """Stands in for Inductor where dynamo hands it a graph. ``door``: one for all the graphs of a torch.compile."""
     options = _enabled[-1].options
 
-    def compile_piece(settings: Options, elsewhere: Elsewhere) -> tuple[Callable[..., Any], Planned | None]:
+    def compile_piece(
+        settings: Options, elsewhere: Elsewhere, inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], Planned | None]:
         partition = Partition(settings, graph_inputs(graph_module), elsewhere)
         with torch_compat.partition_by(partition, partition.uuid):
             run = inductor(graph_module, inputs)
@@ -92,7 +96,7 @@ def _compile(door: object, inductor: Compile, graph_module: fx.GraphModule, inpu
         return run, partition.planned
 
     try:
-        return WatchedPiece(_models.of(door, options), compile_piece)
+        return WatchedPiece(_models.of(door, options), compile_piece, graph_module, inputs)
     except MemplanError as error:
         return raising(error)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from torch import fx
 
 from memplan import torch_compat
 from memplan.errors import BudgetInfeasibleError
@@ -23,14 +25,16 @@ log = logging.getLogger("memplan")
 
 _REPLANS = 2  # a piece's needs change when its neighbours' plans do; twice settles all but contrived models
 
-Compile = Callable[[Options, Elsewhere], tuple[Callable[..., Any], Planned | None]]
+Compile = Callable[[Options, Elsewhere, Sequence[Any]], tuple[Callable[..., Any], Planned | None]]
 
 
 class Piece:
     """One graph of a model, callable; plans itself again when what the other pieces hold has changed."""
 
-    def __init__(self, model: Model, compile_piece: Compile) -> None:
-        self._model, self._compile = model, compile_piece
+    def __init__(
+        self, model: Model, compile_piece: Compile, graph_module: fx.GraphModule, inputs: Sequence[Any]
+    ) -> None:
+        self._model, self._compile, self._inputs = model, compile_piece, inputs
         self._context = torch_compat.TracingContext.try_get()
         self.planned_for: Elsewhere | None = None
         self._options = model.options
@@ -39,10 +43,14 @@ class Piece:
         self.frame = torch_compat.frame_id()
         model.add(self)
         self._plan(first=True)
+        # A later plan needs only their shapes; the first batch must not live as long as the compiled function.
+        self._inputs = torch_compat.fake_inputs(graph_module, inputs)
 
     @torch_compat.never_traced
     def __call__(self, *args: Any) -> Any:
-        moved = self.planned is not None and self._replans < _REPLANS and self._model.elsewhere(self) != self.planned_for
+        moved = (
+            self.planned is not None and self._replans < _REPLANS and self._model.elsewhere(self) != self.planned_for
+        )
         if moved or self._options != self._model.options:
             self._replans += moved
             with torch_compat.tracing(self._context):
@@ -52,7 +60,7 @@ class Piece:
     def _plan(self, first: bool) -> None:
         elsewhere, self._options = self._model.elsewhere(self), self._model.options
         try:
-            self._run, self.planned = self._compile(self._options, elsewhere)
+            self._run, self.planned = self._compile(self._options, elsewhere, self._inputs)
         except BudgetInfeasibleError as error:
             if not first or len(self._model.pieces) == 1 or error.smallest is None:
                 raise
@@ -60,7 +68,7 @@ class Piece:
             log.warning(
                 "a later part of the model does not fit beside the parts before it; the next step is planned anew"
             )
-            self._run, self.planned = self._compile(self._model.options.without_budget(), elsewhere)
+            self._run, self.planned = self._compile(self._model.options.without_budget(), elsewhere, self._inputs)
         self.planned_for = elsewhere
 
 
@@ -140,7 +148,8 @@ class Models(Generic[M]):
         self._known: dict[int, tuple[object, M]] = {}
 
     def of(self, given: object, options: Options) -> M:
-        known = self._known.pop(id(given), None) or (given, self._make(options))  # the reference keeps the id from reuse
+        # The reference to ``given`` keeps its id from reuse.
+        known = self._known.pop(id(given), None) or (given, self._make(options))
         self._known[id(given)] = known
         if len(self._known) > self._remembered:
             del self._known[next(iter(self._known))]

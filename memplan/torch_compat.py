@@ -30,6 +30,7 @@ __all__ = [
     "default_partition",
     "detect_fake_mode",
     "disable_current_modes",
+    "fake_inputs",
     "find_symbol_binding_fx_nodes",
     "free_symbols",
     "is_symbol_binding_fx_node",
@@ -80,6 +81,14 @@ def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)
+
+
+def fake_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """What dynamo traced with in place of the tensors among ``inputs``: their shapes without their memory."""
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    traced = [node.meta.get("example_value") for node in placeholders]
+    traced += [None] * (len(inputs) - len(traced))
+    return [t if isinstance(t, FakeTensor) else given for t, given in zip(traced, inputs, strict=False)]
 
 
 def many_recompiles() -> Any:

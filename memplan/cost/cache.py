@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
 import warnings
 from pathlib import Path
 
-import platformdirs
+from memplan.directories import cache_directory
 
 # The file's name carries the schema, so that an old memplan and a new one leave each other's file alone.
 _FILE = "measurements-1.sqlite3"
 _TABLE = """CREATE TABLE IF NOT EXISTS measured (
     environment TEXT, key TEXT, numbers TEXT NOT NULL, PRIMARY KEY (environment, key)) WITHOUT ROWID"""
 _BUSY_S = 5.0
-
-
-def cache_directory() -> Path:
-    """Where memplan keeps what it measured."""
-    return Path(os.environ.get("MEMPLAN_CACHE_DIR") or platformdirs.user_cache_dir("memplan", appauthor=False))
 
 
 class Cache:

@@ -139,7 +139,9 @@ _UNSEEN: dict[Any, _Unseen] = {
 def workspace(described: Signature, made: list[Layout], kind: str, threads: int) -> int:
     """Bytes an aten op holds on a device of ``kind`` ("cpu", "cuda") beyond operands and results, by rule."""
     if kind != "cpu":
-        rule = _loss_block if described.target.name() == BLOCKED_LOSS else _GPU_RULES.get(described.target.overloadpacket)
+        rule = (
+            _loss_block if described.target.name() == BLOCKED_LOSS else _GPU_RULES.get(described.target.overloadpacket)
+        )
         return rule(described, made) if rule else 0
     held = unseen(described, threads)
     if described.target.overloadpacket in _CONVOLUTIONS and is_plain_product(described, threads):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from memplan.cost.cache import cache_directory
+from memplan.directories import cache_directory
 
 log = logging.getLogger("memplan")
 

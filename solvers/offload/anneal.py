@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from memplan.solvers.compiled import compiled
 from memplan.solvers.offload.arrays import COUNT, TIERS, Floats, Ints
 from memplan.solvers.offload.engines import (
     AWAY,
@@ -77,7 +77,7 @@ def new_best(capacity: int, gaps: int) -> Best:
     )
 
 
-@njit(cache=True)
+@compiled
 def record(s, v, time, best):
     """Remember the current sequence where it is the best so far."""
     length = s[N, LENGTH]
@@ -104,7 +104,7 @@ def record(s, v, time, best):
     best.count[0], best.count[1] = length, count
 
 
-@njit(cache=True)
+@compiled
 def keep(s):
     """Make the edited sequence the sequence."""
     s[N, N_FREE] = s[N, TRIAL_N_FREE]
@@ -115,7 +115,7 @@ def keep(s):
     s[RUNS, : s[N, LENGTH]] = s[TRIAL, : s[N, LENGTH]]
 
 
-@njit(cache=True)
+@compiled
 def undo(s, slots):
     """Give the edit up."""
     for k in range(s[N, N_LOG] - 1, -1, -1):
@@ -124,7 +124,7 @@ def undo(s, slots):
     s[TRIAL, : s[N, LENGTH]] = s[RUNS, : s[N, LENGTH]]
 
 
-@njit(cache=True)
+@compiled
 def edit(g, duration, s, slots, v, t, random):
     """Draw an edit and make it; False when it came to nothing."""
     kind = draw(random, 100)
@@ -160,7 +160,7 @@ def edit(g, duration, s, slots, v, t, random):
     return stay(s, slots, v, n)
 
 
-@njit(cache=True)
+@compiled
 def anneal(g, s, slots, views, times, now, best, time, steps, hot, cold, price, random):
     """``steps`` moves with the temperature falling from ``hot`` to ``cold`` (time units); returns the time at the end.
 

@@ -8,8 +8,8 @@ uses and one over the positions: some 5 ns a gap.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from memplan.solvers.compiled import compiled
 from memplan.solvers.offload.arrays import (
     BUFFERS,
     CAPACITY,
@@ -74,7 +74,7 @@ def new_view(g: Graph, capacity: int) -> tuple[Ints, Floats]:
     return np.zeros((ROWS + 2 * g.table[COUNT, TIERS], width), np.int64), np.zeros((4, width))
 
 
-@njit(cache=True)
+@compiled
 def evaluate(g, runs, ops, length, slots, budget, v, t):
     """The time of a sequence with its slots, in ``v`` and ``t`` the rest. ``runs``: run ids in order, ``ops``: of each
     run id; ``budget``: bytes beyond the resident ones."""
@@ -83,7 +83,7 @@ def evaluate(g, runs, ops, length, slots, budget, v, t):
     return replay(g.table, g.time, runs, ops, length, budget, v, t)
 
 
-@njit(cache=True)
+@compiled
 def find_gaps(g, runs, ops, length, slots, v):
     """List all gaps, and how the bytes on the device and on the tiers change."""
     tiers, buffers, width = g[COUNT, TIERS], g[COUNT, BUFFERS], g[COUNT, WIDTH]
@@ -130,7 +130,7 @@ def find_gaps(g, runs, ops, length, slots, v):
         close(g, slots, v, g[KEPT, k], length, behind + g[KEPT, k], length)
 
 
-@njit(cache=True)
+@compiled
 def close(g, slots, v, b, p, slot, length):
     """Add the gap of buffer b that its use at position p ends, decided by ``slot``."""
     if v[PINNED, b] == 1:
@@ -177,7 +177,7 @@ def close(g, slots, v, b, p, slot, length):
             v[UNTIL, sent] = p
 
 
-@njit(cache=True)
+@compiled
 def link_gaps(g, length, v):
     """Sort the copies into the lists of the positions where they start and are waited for."""
     for row in range(STARTS_OUT, ENDS_IN + 1):
@@ -204,7 +204,7 @@ def link_gaps(g, length, v):
             v[ENDS_IN, v[NEXT_USE, n]] = n
 
 
-@njit(cache=True)
+@compiled
 def replay(g, duration, runs, ops, length, budget, v, t):
     """Replay the step: loads, what is over the budget and the capacities, when every run starts; returns its time."""
     tiers = g[COUNT, TIERS]

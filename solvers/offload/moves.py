@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from memplan.solvers.compiled import compiled
 from memplan.solvers.offload.arrays import COUNT, HOME, ONCE, READ_ROW, READS, SIZE, TIERS, UNTIL_FIRST, WIDTH, WRITER
 from memplan.solvers.offload.engines import (
     AFTER_FREE,
@@ -50,21 +49,21 @@ LONGEST = 12  # ops that one move runs again
 LOGGED = 64  # slots that one move may change
 
 
-@njit(cache=True)
+@compiled
 def draw(random, below):
     """A whole number in [0, below); Lehmer's generator, whose products stay under 2^47 in any integer type."""
     random[0] = random[0] * 48271 % 2147483647
     return random[0] % below
 
 
-@njit(cache=True)
+@compiled
 def unit(random):
     """A number in (0, 1)."""
     random[0] = random[0] * 48271 % 2147483647
     return random[0] / 2147483647.0
 
 
-@njit(cache=True)
+@compiled
 def note(s, slots, slot):
     """Remember a slot before it is changed; False when the edit has changed too many."""
     k = s[N, N_LOG]
@@ -77,7 +76,7 @@ def note(s, slots, slot):
     return True
 
 
-@njit(cache=True)
+@compiled
 def position_before(t, length, time):
     """The last position whose run starts at ``time`` or earlier."""
     low, high = 0, length
@@ -90,7 +89,7 @@ def position_before(t, length, time):
     return low
 
 
-@njit(cache=True)
+@compiled
 def start_of_back(g, duration, v, t, n, tier, crowded):
     """When a copy-in must start to end before its use; ``crowded``: and before those in its way for later uses."""
     p = v[NEXT_USE, n]
@@ -102,7 +101,7 @@ def start_of_back(g, duration, v, t, n, tier, crowded):
     return time - duration[2 + 2 * tier, v[BUFFER, n]]
 
 
-@njit(cache=True)
+@compiled
 def end_of_out(duration, v, t, n, tier, crowded):
     """When a copy-out that starts at once would end; ``crowded``: behind those under way."""
     u = v[USE, n]
@@ -114,7 +113,7 @@ def end_of_out(duration, v, t, n, tier, crowded):
     return time + duration[1 + 2 * tier, v[BUFFER, n]]
 
 
-@njit(cache=True)
+@compiled
 def send(g, duration, s, slots, v, t, n, tier, at, random):
     """Edit: send gap n's copy to a tier, so that position ``at`` (NONE: any) is free of it."""
     slot, u, p, length = v[SLOT, n], v[USE, n], v[NEXT_USE, n], s[N, LENGTH]
@@ -132,7 +131,7 @@ def send(g, duration, s, slots, v, t, n, tier, at, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def stay(s, slots, v, n):
     """Edit: keep gap n's copy on the device."""
     if not note(s, slots, v[SLOT, n]):
@@ -141,7 +140,7 @@ def stay(s, slots, v, n):
     return True
 
 
-@njit(cache=True)
+@compiled
 def retime(g, duration, s, slots, v, t, n, random):
     """Edit: change when gap n's copies start and what waits for them."""
     slot, u, p, length = v[SLOT, n], v[USE, n], v[NEXT_USE, n], s[N, LENGTH]
@@ -170,7 +169,7 @@ def retime(g, duration, s, slots, v, t, n, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def over_position(s, v, random):
     """A position over the budget; NONE where there is none."""
     length = s[N, LENGTH] + 1
@@ -182,7 +181,7 @@ def over_position(s, v, random):
     return NONE
 
 
-@njit(cache=True)
+@compiled
 def pick_over(g, v, at, random):
     """A gap whose copy lies idle on the device at a position, large ones likelier; NONE when no draw finds one."""
     best, best_key, hits = NONE, 0.0, 0
@@ -200,7 +199,7 @@ def pick_over(g, v, at, random):
     return best
 
 
-@njit(cache=True)
+@compiled
 def pick_away(v, random):
     """A gap whose copy is away; NONE when no draw finds one."""
     if v[NUMBERS, GAPS] == 0:
@@ -212,7 +211,7 @@ def pick_away(v, random):
     return NONE
 
 
-@njit(cache=True)
+@compiled
 def pick_waited(duration, s, v, t, random):
     """A gap whose copy a run waits for; NONE when there is none."""
     length = s[N, LENGTH]
@@ -235,7 +234,7 @@ def pick_waited(duration, s, v, t, random):
     return NONE
 
 
-@njit(cache=True)
+@compiled
 def insert(s, slots, g, at, i):
     """Edit: run op i again before position ``at`` of the edited sequence; False where there is no room."""
     if s[N, TRIAL_N_FREE] == 0:
@@ -256,7 +255,7 @@ def insert(s, slots, g, at, i):
     return True
 
 
-@njit(cache=True)
+@compiled
 def take(s, at):
     """Edit: take the run at a position out of the edited sequence; returns it."""
     run = s[TRIAL, at]
@@ -266,7 +265,7 @@ def take(s, at):
     return run
 
 
-@njit(cache=True)
+@compiled
 def absent(v, b, at):
     """The gap of buffer b over position ``at`` where the copy is away; -2: it is there; NONE: it is not held on."""
     n = v[GAP, b]
@@ -279,7 +278,7 @@ def absent(v, b, at):
     return NONE
 
 
-@njit(cache=True)
+@compiled
 def recompute(g, duration, s, slots, v, n, random):
     """Edit: make gap n's copy again before its next use, with some of what that lacks. False where it cannot be."""
     b, at = v[BUFFER, n], v[NEXT_USE, n]
@@ -319,7 +318,7 @@ def recompute(g, duration, s, slots, v, n, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def pick_again(s, random):
     """The position of a repeated run; NONE when no draw finds one."""
     length = s[N, LENGTH]
@@ -331,7 +330,7 @@ def pick_again(s, random):
     return NONE
 
 
-@njit(cache=True)
+@compiled
 def drop(g, duration, s, slots, v, t, at, random):
     """Edit: take a repeated run out; at times what it made is brought back from a tier instead."""
     s[N, TAKEN] = take(s, at)
@@ -344,7 +343,7 @@ def drop(g, duration, s, slots, v, t, at, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def shift(g, s, v, at, random):
     """Edit: move a repeated run to a place nearby."""
     run = take(s, at)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from memplan.solvers.compiled import compiled
 from memplan.solvers.order.model import Arrays, Ints, OrderModel
 
 MULTIPLIER, MODULUS = 48271, 2**31 - 1  # Park and Miller's minimal standard generator; products stay below 2**47
@@ -71,7 +71,7 @@ class Profile(NamedTuple):
     mark: Ints  # per run, the number of the move that last dragged it
 
 
-@njit(cache=True)
+@compiled
 def _profile(m: Arrays, p: Profile, base: int, target: int):
     """Fill in what ``p.order`` holds; returns its overage."""
     for t, v in enumerate(p.order):
@@ -90,7 +90,7 @@ def _profile(m: Arrays, p: Profile, base: int, target: int):
     return overage
 
 
-@njit(cache=True)
+@compiled
 def _drag(m: Arrays, p: Profile, i: int, j: int, move: int):
     """Write to ``p.stretch`` the positions between i and j after the run at i has gone to j with what it drags along."""
     step = 1 if i < j else -1
@@ -115,7 +115,7 @@ def _drag(m: Arrays, p: Profile, i: int, j: int, move: int):
         p.stretch[free + step * k] = p.aside[k]
 
 
-@njit(cache=True)
+@compiled
 def _try(m: Arrays, p: Profile, lo: int, hi: int, target: int, allowed: int):
     """Put ``p.stretch`` in force between lo and hi unless it adds more than ``allowed``; returns the overage it adds."""
     before = 0
@@ -148,7 +148,7 @@ def _try(m: Arrays, p: Profile, lo: int, hi: int, target: int, allowed: int):
     return after - before
 
 
-@njit(cache=True)
+@compiled
 def anneal(
     m: Arrays,
     p: Profile,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from memplan.solvers.compiled import compiled
 from memplan.solvers.order.model import Ints, ints, ragged
 from memplan.solvers.order.sweep import Sweep, gates
 
@@ -137,7 +137,7 @@ class ExactSearch:
         )
 
 
-@njit(cache=True)
+@compiled
 def _do(s: Lists, c: State, v: int):
     """Do a ready run."""
     number = c.numbers
@@ -169,7 +169,7 @@ def _do(s: Lists, c: State, v: int):
     number[GATES] += s.gate[v]
 
 
-@njit(cache=True)
+@compiled
 def _undo(s: Lists, c: State):
     """Undo the last run, exactly."""
     number = c.numbers
@@ -200,7 +200,7 @@ def _undo(s: Lists, c: State):
     number[READY] += 1
 
 
-@njit(cache=True)
+@compiled
 def _opening(s: Lists, c: State, v: int):
     """Bytes that a ready run would add while it runs, ``extra`` apart."""
     c.numbers[WORK] += 1
@@ -211,7 +211,7 @@ def _opening(s: Lists, c: State, v: int):
     return total
 
 
-@njit(cache=True)
+@compiled
 def _fits(s: Lists, c: State, v: int, opening: int, limit: int):
     """Whether a ready run stays within the limit; the least load that did not is remembered."""
     load = c.numbers[LOAD] + opening + s.extra[v]
@@ -220,7 +220,7 @@ def _fits(s: Lists, c: State, v: int, opening: int, limit: int):
     return load <= limit
 
 
-@njit(cache=True)
+@compiled
 def _settle(s: Lists, c: State, limit: int):
     """Do whatever fits and does not raise the load."""
     at = 0
@@ -237,7 +237,7 @@ def _settle(s: Lists, c: State, limit: int):
             at = 0
 
 
-@njit(cache=True)
+@compiled
 def _is_new(c: State, m: Memory, count: int):
     """Whether the current set is not among the ``count`` sets seen; if so it is stored there."""
     at = c.numbers[HASH] % len(m.table)
@@ -254,7 +254,7 @@ def _is_new(c: State, m: Memory, count: int):
     return True
 
 
-@njit(cache=True)
+@compiled
 def _push(m: Memory, base: int, height: int, run: int, load: int, parent: int):
     """Insert into the stack's entries from ``base`` on, which stay sorted by load, the lowest on top."""
     k = height
@@ -264,7 +264,7 @@ def _push(m: Memory, base: int, height: int, run: int, load: int, parent: int):
     m.run[k], m.load[k], m.parent[k] = run, load, parent
 
 
-@njit(cache=True)
+@compiled
 def _search(s: Lists, c: State, m: Memory, limit: int, work: int):
     """Depth first from the state ``c``. Ends with FOUND and the order in ``c.trail``, with NONE, or with UNKNOWN."""
     height = 0

@@ -17,7 +17,8 @@ order rules, and the section bound also sees the gaps that limits leave; both ma
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from memplan.solvers.compiled import compiled
 
 # Registers of a search: the scalars that a paused search needs to go on.
 # TOUCHED: a limit of a buffer in a tight section has changed since the section bound was last checked.
@@ -33,7 +34,7 @@ BUFFER, FRAME_CELL, TRAIL_MARK, CELL_MARK, POOL_MARK = range(5)
 START, END, FIRST, LAST, AFTER, OWNER = range(6)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lift(j, start, end, pool, off, size, lo, hi, reg):
     """Lowest top on which buffer j could rest among pool[start:end], the open ones of its cell; huge if there is none."""
     lowest = np.int64(1) << 62
@@ -47,7 +48,7 @@ def lift(j, start, end, pool, off, size, lo, hi, reg):
     return lowest
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def settle(cell, cells, pool, off, loose, size, lo, hi, twin, tlo, thi, late, placed, trail, reg):
     """Lift every limit of the cell that rests on nothing to the lowest top it can rest on.
 
@@ -75,7 +76,7 @@ def settle(cell, cells, pool, off, loose, size, lo, hi, twin, tlo, thi, late, pl
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def raise_limit(j, target, at, end, pool, off, loose, tlo, thi, trail, reg):
     """Set off[j] to a higher limit that rests on nothing yet, and move j from pool[at] to its place in the order."""
     t = reg[TRAIL]
@@ -93,7 +94,7 @@ def raise_limit(j, target, at, end, pool, off, loose, tlo, thi, trail, reg):
     reg[WORK] += q - at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sections_hold(cell, cells, pool, off, size, tlo, thi, capacity, above, tight, weight, reg):
     """The section bound over the tight sections of a cell; the sections that break it gain weight."""
     start, end = cells[cell, START], cells[cell, END]
@@ -120,7 +121,7 @@ def sections_hold(cell, cells, pool, off, size, tlo, thi, capacity, above, tight
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pick(cell, cells, pool, off, rank):
     """Position in the pool of the buffer to branch on: the lowest limit, then the lowest rank."""
     start, end = cells[cell, START], cells[cell, END]
@@ -133,7 +134,7 @@ def pick(cell, cells, pool, off, rank):
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def place(
     at, cell, cells, pool, off, loose, size, lo, hi, tlo, thi, late, placed, cover, total, weight, capacity,
     frames, trail, reg,
@@ -204,7 +205,7 @@ def place(
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def split_cell(parent, start, end, split, owner, cells, pool, lo, cover, total, reg):
     """Make pool[start:end] the new current cell, or one cell a group where no lifetime spans a boundary."""
     first, last = cells[parent, FIRST], cells[parent, LAST]
@@ -244,7 +245,7 @@ def split_cell(parent, start, end, split, owner, cells, pool, lo, cover, total, 
     reg[CELL], reg[CELLS], reg[POOL] = after, new, free
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def undo(d, pool, off, loose, size, lo, hi, placed, cover, total, frames, trail, reg):
     """Take back every placement from frame d on, and the limits that followed from them."""
     for f in range(d, reg[DEPTH]):
@@ -262,7 +263,7 @@ def undo(d, pool, off, loose, size, lo, hi, placed, cover, total, frames, trail,
     reg[DEPTH], reg[CELL] = d, frames[d, FRAME_CELL]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def advance(
     budget, most_fails, capacity, size, late, lo, hi, twin, rank, tlo, thi, tight,
     off, loose, placed, cover, total, above, weight, pool, cells, frames, trail, reg,

@@ -6,10 +6,11 @@ All work on sections (half-open ranges) and units; they return the height and fi
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from memplan.solvers.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fit_in_order(order, begin, end, best, limit, height, lo, hi, size, off, where, ends):
     """Put order[begin:end] in turn into the lowest gap that holds each, or into the smallest such gap if ``best``.
 
@@ -45,7 +46,7 @@ def fit_in_order(order, begin, end, best, limit, height, lo, hi, size, off, wher
     return height
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fit_in_time(order, lo, hi, size, off, live):
     """Best fit in the order of starts, gone buffers leaving room: linear in buffers times live ones.
 

@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from memplan.solvers.compiled import compiled
 from memplan.solvers.recompute.arrays import Floats, Graph, Ints
 from memplan.solvers.recompute.moves import CHAIN_BITS, drag, draw, drop, recompute, shift, unit
 from memplan.solvers.recompute.state import BROKEN, LENGTH, LOAD, NEW_OVER, OP, OVER, RUN, N, keep, undo, weigh
@@ -39,7 +39,7 @@ def new_best(capacity: int) -> Best:
     )
 
 
-@njit(cache=True)
+@compiled
 def record(s, time, best):
     """Remember the sequence when it is the fastest within the budget, or the lowest so far."""
     length = s[N, LENGTH]
@@ -60,7 +60,7 @@ def record(s, time, best):
             best.low_seq[t] = s[OP, s[RUN, t]]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def anneal(g, duration, s, work, best, time, steps, hot, cold, price, random):
     """``steps`` moves with the temperature falling from ``hot`` to ``cold`` (time units); returns the time at the end.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from memplan.solvers.compiled import compiled
 from memplan.solvers.recompute.arrays import (
     COUNT,
     IS_HELD,
@@ -51,21 +50,21 @@ TRIES = 12  # draws in search of an idle buffer over one position
 CHAIN_BITS = 9  # one move inserts below 2^9 runs; the bound is drawn, as long chains are rarely wanted and costly
 
 
-@njit(cache=True)
+@compiled
 def draw(random, below):
     """A whole number in [0, below); Lehmer's generator, whose products stay under 2^47 in any integer type."""
     random[0] = random[0] * 48271 % 2147483647
     return random[0] % below
 
 
-@njit(cache=True)
+@compiled
 def unit(random):
     """A number in (0, 1)."""
     random[0] = random[0] * 48271 % 2147483647
     return random[0] / 2147483647.0
 
 
-@njit(cache=True)
+@compiled
 def look(g, s, b, key, w):
     """The copy of b in force just before ``key``: w[FOUND] = (run, last use before key, next use from key on or NONE)."""
     run = s[FIRST, g[WRITER, b]]
@@ -93,7 +92,7 @@ def look(g, s, b, key, w):
         w[FOUND, 2] = key  # held on in any case
 
 
-@njit(cache=True)
+@compiled
 def over_position(s, random):
     """A position over the budget, or any where none is."""
     length = s[N, LENGTH]
@@ -108,7 +107,7 @@ def over_position(s, random):
     return start
 
 
-@njit(cache=True)
+@compiled
 def overload(s, size, start, stop):
     """How much the bytes over the budget grow when ``size`` more are held in positions [start, stop)."""
     more = 0
@@ -118,7 +117,7 @@ def overload(s, size, start, stop):
     return more
 
 
-@njit(cache=True)
+@compiled
 def pick_idle(g, duration, s, w, at, random):
     """A buffer that lies idle over position ``at``, its next use in ``w[FOUND, 2]``; NONE when no draw finds one.
 
@@ -141,7 +140,7 @@ def pick_idle(g, duration, s, w, at, random):
     return best
 
 
-@njit(cache=True)
+@compiled
 def gather_chain(g, duration, s, w, i, at, price, random):
     """List in ``w[CHOSEN]`` op i and the absent operands to run again with it before ``at``; returns how many.
 
@@ -183,7 +182,7 @@ def gather_chain(g, duration, s, w, i, at, price, random):
     return count
 
 
-@njit(cache=True)
+@compiled
 def recompute(g, duration, s, w, price, random):
     """Edit: run an idle buffer's op again, with what it lacks, before its next use. False when nothing was found."""
     if g[COUNT, TICKETS] == 0:
@@ -204,7 +203,7 @@ def recompute(g, duration, s, w, price, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def drop(g, s, random):
     """Edit: remove a run of a repeated op, at times with the repeated runs next to it. False when there is none."""
     length = s[N, LENGTH]
@@ -226,7 +225,7 @@ def drop(g, s, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def shift(g, s, w, random):
     """Edit: move a run, or a short block, to another place between what it reads and what reads it."""
     length = s[N, LENGTH]
@@ -252,7 +251,7 @@ def shift(g, s, w, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def drag(g, s, w, random):
     """Edit: move a run some places and with it what stands in its way: its readers, or what it reads."""
     length = s[N, LENGTH]
@@ -274,7 +273,7 @@ def drag(g, s, w, random):
     return True
 
 
-@njit(cache=True)
+@compiled
 def _readers_before(g, s, w, start, to):
     """List in ``w[CHOSEN]``, ascending, position ``start`` and those before ``to`` that need its results."""
     w[CHAIN, 0] += 1
@@ -294,7 +293,7 @@ def _readers_before(g, s, w, start, to):
     return count
 
 
-@njit(cache=True)
+@compiled
 def _makers_from(g, s, w, start, to):
     """List in ``w[CHOSEN]``, ascending, position ``start`` and those from ``to`` on whose results it needs."""
     w[CHAIN, 0] += 1
@@ -315,7 +314,7 @@ def _makers_from(g, s, w, start, to):
     return count
 
 
-@njit(cache=True)
+@compiled
 def neighbours(g, s, w, run, start, stop, low, high):
     """Narrow [low, high], the positions before which a run may stand, by what it reads and what reads it.
 

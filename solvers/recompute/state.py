@@ -8,8 +8,8 @@ order of keys; a copy's live interval follows from the lists of its writer and i
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from memplan.solvers.compiled import compiled
 from memplan.solvers.recompute.arrays import (
     AFTER,
     AFTER_ROW,
@@ -68,7 +68,7 @@ def new_state(graph: Graph, capacity: int) -> Ints:
     return state
 
 
-@njit(cache=True)
+@compiled
 def attach(s, run):
     """Put a run into its op's list, in order of keys."""
     i = s[OP, run]
@@ -85,7 +85,7 @@ def attach(s, run):
     s[RUNS, i] += 1
 
 
-@njit(cache=True)
+@compiled
 def detach(s, run):
     """Take a run out of its op's list."""
     before, after = s[PREV, run], s[NEXT, run]
@@ -98,7 +98,7 @@ def detach(s, run):
     s[RUNS, s[OP, run]] -= 1
 
 
-@njit(cache=True)
+@compiled
 def place(s, key):
     """Position of a key in the sequence with the edit's inserted runs, removed ones still counted."""
     wall = s[N, AT] << BITS
@@ -109,7 +109,7 @@ def place(s, key):
     return key >> BITS
 
 
-@njit(cache=True)
+@compiled
 def spans(g, s, b, sign):
     """Add the live intervals of all copies of a buffer to ``change``; marks the edit BROKEN where a copy is missing."""
     size = g[SIZE, b] * sign
@@ -147,7 +147,7 @@ def spans(g, s, b, sign):
         run = after
 
 
-@njit(cache=True)
+@compiled
 def reset(g, duration, s, sequence, length, budget):
     """Make a valid sequence the state under a budget of bytes beyond the resident ones; returns its time."""
     s[N, LENGTH], s[N, AT], s[N, N_INSERTED], s[N, BUDGET] = length, length, 0, budget
@@ -185,7 +185,7 @@ def reset(g, duration, s, sequence, length, budget):
     return time
 
 
-@njit(cache=True)
+@compiled
 def touch(g, s, i):
     """Take the intervals of all buffers of op i out of the edited sequence, before its list changes."""
     for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
@@ -194,7 +194,7 @@ def touch(g, s, i):
         _touch_buffer(g, s, g[WRITES, k])
 
 
-@njit(cache=True)
+@compiled
 def _touch_buffer(g, s, b):
     if s[STAMP, b] == s[N, EDIT]:
         return
@@ -204,7 +204,7 @@ def _touch_buffer(g, s, b):
     spans(g, s, b, -1)
 
 
-@njit(cache=True)
+@compiled
 def begin(s, at, inserted):
     """Start an edit that inserts ``inserted`` runs before position ``at`` (below the length)."""
     s[N, AT], s[N, N_INSERTED] = at, inserted
@@ -214,7 +214,7 @@ def begin(s, at, inserted):
     s[N, BEGIN] = s[N, BORDER] << BITS
 
 
-@njit(cache=True)
+@compiled
 def insert(g, s, k, i):
     """Insert a run of op i as the k-th of the edit. Call in order after ``begin``, after removals."""
     touch(g, s, i)
@@ -227,7 +227,7 @@ def insert(g, s, k, i):
     attach(s, run)
 
 
-@njit(cache=True)
+@compiled
 def remove(g, s, run):
     """Remove a run."""
     touch(g, s, s[OP, run])
@@ -239,7 +239,7 @@ def remove(g, s, run):
     s[N, LOW], s[N, HIGH] = min(s[N, LOW], at), max(s[N, HIGH], at + 1)
 
 
-@njit(cache=True)
+@compiled
 def useless(g, s, run):
     """Whether nothing reads any copy that a repeated run makes."""
     made, after = s[KEY, run], s[NEXT, run]
@@ -257,7 +257,7 @@ def useless(g, s, run):
     return True
 
 
-@njit(cache=True)
+@compiled
 def sweep_useless(g, s):
     """Remove repeated runs that the edit left unread, and those that only they had read."""
     k = 0
@@ -272,7 +272,7 @@ def sweep_useless(g, s):
         k += 1
 
 
-@njit(cache=True)
+@compiled
 def runs_in_order(g, s, i):
     """Whether op i keeps its order with the ops it must follow and those that must follow it."""
     if s[FIRST, i] == NONE:
@@ -297,7 +297,7 @@ def runs_in_order(g, s, i):
     return True
 
 
-@njit(cache=True)
+@compiled
 def last_key(s, i):
     """Where op i runs last."""
     run = s[FIRST, i]
@@ -306,7 +306,7 @@ def last_key(s, i):
     return s[KEY, run]
 
 
-@njit(cache=True)
+@compiled
 def move_border(g, s):
     """Find where backward begins after the edit; False when a forward output or a random op ends on the wrong side."""
     border = s[N, BORDER]
@@ -333,7 +333,7 @@ def move_border(g, s):
     return True
 
 
-@njit(cache=True)
+@compiled
 def weigh(g, duration, s):
     """Finish the edit: NEW_OVER and the loads; returns how much time it adds. BROKEN when it breaks a rule."""
     if not move_border(g, s):
@@ -358,7 +358,7 @@ def weigh(g, duration, s):
     return added
 
 
-@njit(cache=True)
+@compiled
 def _profile(g, s):
     """Loads of the edited sequence between LOW and HIGH, and the bytes over the budget; clears ``change``."""
     at, inserted, budget = s[N, AT], s[N, N_INSERTED], s[N, BUDGET]
@@ -397,7 +397,7 @@ def _profile(g, s):
     s[N, NEW_OVER] = over
 
 
-@njit(cache=True)
+@compiled
 def undo(s):
     """Give the edit up."""
     for k in range(s[N, N_REMOVED] - 1, -1, -1):
@@ -411,7 +411,7 @@ def undo(s):
         s[N, N_FREE] += 1
 
 
-@njit(cache=True)
+@compiled
 def keep(s):
     """Make the edited sequence the sequence."""
     inserted, length = s[N, N_INSERTED], s[N, LENGTH]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -418,3 +420,15 @@ def test_writing_into_a_view_takes_what_the_plan_says():
     train_step(model, run, x)
     planned = memplan.recent_plans()[-1]
     assert peak_above(lambda: train_step(model, run, x)) <= planned.timeline.peak - planned.problem.resident_bytes
+
+
+def test_the_first_batch_is_not_kept() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    batch = torch.randn(512, 64)
+    alive = weakref.ref(batch)
+    step = torch.compile(lambda x: net(x).sum(), backend="memplan", options={"memory_budget": "100%"})
+    step(batch).backward()
+    del batch
+    gc.collect()
+    assert alive() is None
+    step(torch.randn(512, 64)).backward()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memplan.cost.cache import Cache, cache_directory
+from memplan.cost.cache import Cache
+from memplan.directories import cache_directory
 
 
 def test_what_is_put_is_found_again_in_the_same_environment_only(tmp_path: Path) -> None:
