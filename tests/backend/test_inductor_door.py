@@ -59,13 +59,13 @@ def unplanned():
 def test_a_budget_changes_memory_and_nothing_else(unplanned, caplog):
     model, x, want, peak = unplanned
     torch._dynamo.reset()
-    with caplog.at_level(logging.INFO, "memplan"), memplan.enable_inductor("60%", **FAST):
+    with caplog.at_level(logging.INFO, "memplan"), memplan.enable_inductor("65%", **FAST):
         run = torch.compile(model)
         got = _steps(model, run, x)
     for step, (a, b) in enumerate(zip(want, got, strict=True)):
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)), f"step {step} differs"
     plan = memplan.recent_plans()[-1].plan
-    assert plan.recomputed > 0 and plan.peak <= 0.6 * plan.unplanned_peak
+    assert plan.recomputed > 0 and plan.peak <= 0.65 * plan.unplanned_peak
     assert peak_above(lambda: _steps(model, run, x, 1)) < peak
     assert sum("a step holds" in record.message for record in caplog.records) >= 1
 
@@ -112,11 +112,10 @@ def test_an_impossible_budget_is_told():
         torch.compile(model)(torch.randn(64, 32))
 
 
-def test_trainer_with_plain_torch_compile(tmp_path, monkeypatch):
+def test_trainer_with_plain_torch_compile(tmp_path):
     """Dropout included: with ``fallback_random`` Inductor draws as eager does, so the losses are eager's."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
 
     def losses(**compiled: bool) -> list[float]:
         torch._dynamo.reset()
@@ -143,9 +142,10 @@ def test_trainer_with_plain_torch_compile(tmp_path, monkeypatch):
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    want = losses()
-    with memplan.enable_inductor("70%", **FAST):
-        got = losses(torch_compile=True)
+    with torch._inductor.config.patch(fallback_random=True):
+        want = losses()
+        with memplan.enable_inductor("70%", **FAST):
+            got = losses(torch_compile=True)
     assert got == pytest.approx(want, abs=2e-4) and len(want) == 3
     assert all(a != b for a, b in pairwise(want))
     plan = memplan.recent_plans()[-1].plan
