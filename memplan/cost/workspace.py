@@ -226,6 +226,12 @@ def _loss_block(described: Signature, made: list[Layout]) -> int:
     return block + (3 * weight.nbytes if narrow and described.args[7][1] else 0)
 
 
+def _dense_copies(described: Signature, made: list[Layout]) -> int:
+    """oneDNN's GELU takes dense rows: an operand that is expanded or transposed is copied, and the result with it."""
+    strided = [x for x in described.operands() if x.shape and x.numel > 1 and (x.stride[-1] != 1 or x.extent < x.numel)]
+    return 2 * made[0].nbytes if strided else 0
+
+
 _Rule = Callable[[Signature, list[Layout]], int]
 
 _CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
@@ -234,6 +240,8 @@ _CPU_RULES: dict[Any, _Rule] = {
     aten.convolution_backward: _convolution_backward,
     aten.native_batch_norm_backward: _first_result,
     aten.native_dropout: _first_result,
+    aten.gelu: _dense_copies,
+    aten.gelu_backward: _dense_copies,
     aten.logsumexp: _first_operand,
     aten.mse_loss: _first_operand,
     aten.mean: _widened,
