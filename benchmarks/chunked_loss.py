@@ -73,6 +73,7 @@ def measure(vocabulary: int, tokens: int, width: int, budget: str, repetitions: 
     steps: dict[str, Callable[[], None]] = {}
     reference: list[torch.Tensor] = []
     for name, forward in variants(workload, budget).items():
+
         def step(forward: Callable[..., torch.Tensor] = forward) -> None:
             forward(**workload.inputs).backward()
 

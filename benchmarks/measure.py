@@ -120,7 +120,9 @@ class Results:
         return self.data["rows"].get(str(model), {}).get(contender)
 
     def put(self, model: Model, contender: str, record: Record) -> None:
-        self.data["rows"].setdefault(str(model), {})[contender] = record
+        # A file may be filled by several runs: every record says by which revision.
+        marked = record | {"revision": self.data["environment"]["revision"]}
+        self.data["rows"].setdefault(str(model), {})[contender] = marked
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(self.data, indent=1) + "\n")

@@ -76,5 +76,5 @@ def test_verdict_names_what_was_broken():
 def test_results_are_resumed(tmp_path):
     from measure import Model
 
-    Results(tmp_path / "r.json", {"python": "3"}).put(Model("gpt"), "eager", {"peak": 1})
-    assert Results(tmp_path / "r.json", {}).get(Model("gpt"), "eager") == {"peak": 1}
+    Results(tmp_path / "r.json", {"revision": "abc"}).put(Model("gpt"), "eager", {"peak": 1})
+    assert Results(tmp_path / "r.json", {}).get(Model("gpt"), "eager") == {"peak": 1, "revision": "abc"}
