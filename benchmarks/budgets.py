@@ -86,7 +86,8 @@ def _lines(model: str, rows: dict[str, Record]) -> Iterator[tuple[str, ...]]:
 
 
 def by_model(data: Record) -> str:
-    """The same in short: one line a model. Peaks in MB, times relative to eager's; a cell without a time has none."""
+    """The same in short: one line a model. Peaks in MB, times relative to eager's; a budget whose time was not measured
+    has its verdict instead."""
     header = (
         "model",
         "eager MB",
@@ -110,7 +111,7 @@ def _in_short(model: str, rows: dict[str, Record]) -> tuple[str, ...]:
         ratio(time_ratio(blocks)),
         megabytes(ours.get("peak")),
         ratio(time_ratio(ours)),
-        *("refused" if "infeasible" in record else ratio(time_ratio(record)) for record in at),
+        *(ratio(time_ratio(record)) or verdict(record, ours, False) if record else "" for record in at),
         megabytes(rows.get(SMALLEST, {}).get("peak")),
     )
 
