@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +82,20 @@ def measure(job: Job) -> Record:
             return json.loads(answer.read_text())
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return {"failure": lines[-1] if lines else f"ended with status {done.returncode}"}
+
+
+def measured_apart(script: str, arguments: Sequence[str]) -> Record:
+    """What ``script --worker ARGUMENTS`` prints as its last line, run in a process of its own that counts its memory."""
+    done = subprocess.run(
+        [sys.executable, script, "--worker", *arguments],
+        env=interposed_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return {"failure": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "died"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def time_ratio(record: Mapping[str, Any], clock: str = "wall") -> float | None:

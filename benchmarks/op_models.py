@@ -62,10 +62,10 @@ class Model:
 
 
 def models(operator: Any) -> Iterator[Model]:
-    """The op on some of its sample inputs, in the first of DTYPES that it takes."""
+    """The op on some of its sample inputs, in the first of DTYPES that it takes; nothing where it takes none."""
     dtype = next((d for d in DTYPES if operator.supports_dtype(d, "cpu")), None)
     if dtype is None:
-        raise NotImplementedError("no sample inputs of a usual dtype")
+        return
     gradient = operator.supports_autograd and (dtype.is_floating_point or dtype.is_complex)
     samples = list(itertools.islice(operator.sample_inputs("cpu", dtype, requires_grad=gradient), 100))
     for k in range(min(SAMPLES, len(samples))):

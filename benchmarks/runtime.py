@@ -11,8 +11,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,8 @@ from typing import Any
 import torch
 import zoo
 from environment import environment
-from measure import HERE
-from meter import Meter, interposed_environment
+from measure import HERE, measured_apart
+from meter import Meter
 
 Record = dict[str, Any]
 
@@ -97,19 +95,6 @@ def table(rows: dict[str, Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured_apart(arguments: list[str]) -> Record:
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", *arguments],
-        env=interposed_environment() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return {"failure": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "died"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(zoo.FIRST), choices=list(zoo.MODELS), metavar="MODEL")
@@ -127,7 +112,7 @@ def main() -> None:
     for model in given.models:
         for budget in given.budgets:
             name = f"{model}{'-small' if given.size == 'small' else ''} @ {budget}"
-            rows[name] = measured_apart([model, given.size, budget, str(given.repetitions)])
+            rows[name] = measured_apart(__file__, [model, given.size, budget, str(given.repetitions)])
             given.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
             given.out.with_suffix(".md").write_text(table(rows))
             print(table({name: rows[name]}).splitlines()[-1], flush=True)

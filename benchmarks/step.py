@@ -11,8 +11,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,8 +20,8 @@ import torch
 import transformers
 import zoo
 from environment import environment
-from measure import HERE, OUT
-from meter import Meter, interposed_environment
+from measure import HERE, OUT, measured_apart
+from meter import Meter
 from tables import markdown, megabytes, ratio
 from zoo.workload import Workload, hugging_face
 
@@ -224,19 +222,6 @@ def _line(model: str, way: str, r: Record) -> Sequence[str]:
     )
 
 
-def measured_apart(arguments: list[str]) -> Record:
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", *arguments],
-        env=interposed_environment() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return {"failure": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "died"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(WAYS), choices=list(WAYS))
@@ -257,7 +242,7 @@ def main() -> None:
         for way in given.ways or WAYS[model]:
             if way in kept and "failure" not in kept[way] and not given.force:
                 continue
-            kept[way] = measured_apart([model, way, str(given.pairs)])
+            kept[way] = measured_apart(__file__, [model, way, str(given.pairs)])
             data["environment"] = environment()
             given.out.write_text(json.dumps(data, indent=1) + "\n")
             print(table({model: {way: kept[way]}}).splitlines()[-1], flush=True)

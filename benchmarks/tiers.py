@@ -13,8 +13,6 @@ import hashlib
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +22,8 @@ from typing import Any
 import torch
 import zoo
 from environment import environment
-from measure import HERE
-from meter import Meter, interposed_environment
+from measure import HERE, measured_apart
+from meter import Meter
 
 Record = dict[str, Any]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -234,19 +232,6 @@ def _line(name: str, variant: str, found: Record, row: Record) -> str:
     return f"| {name} | {variant} | {share:.3f} | {bits} | {slow:.2f} | {told:.2f} | {bar:.2f} | {hidden} |"
 
 
-def measured_apart(arguments: list[str]) -> Record:
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", *arguments],
-        env=interposed_environment() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        return {"failure": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "died"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -286,7 +271,7 @@ def main() -> None:
         for layers in given.layers
     }
     for name, arguments in jobs.items():
-        rows[name] = measured_apart(arguments)
+        rows[name] = measured_apart(__file__, arguments)
         given.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
         given.out.with_suffix(".md").write_text(table(rows))
         print("\n".join(table({name: rows[name]}).splitlines()[2:]), flush=True)

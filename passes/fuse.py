@@ -22,6 +22,7 @@ from memplan.codegen.lowering import FusedRegion
 from memplan.codegen.ops import is_fusible
 from memplan.codegen.region import Region
 from memplan.errors import UnsupportedError
+from memplan.passes.copying import resolve
 from memplan.passes.runs import RunGraph
 from memplan.passes.schedule import Scheduled
 from memplan.problem import Op, Phase, Problem
@@ -148,18 +149,7 @@ class _Writer:
             self.sizes.remove(node)
 
     def _resolve(self, node: fx.Node) -> fx.Node:
-        """The copy of a node; free nodes are copied when first needed."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            missing = [a for a in input_nodes(top) if a not in self.now] if top not in self.now else []
-            if missing:
-                stack.extend(missing)
-                continue
-            stack.pop()
-            if top not in self.now:
-                self._copy(top)
-        return self.now[node]
+        return resolve(node, self.now, self._copy)
 
     def _copy(self, node: fx.Node) -> None:
         self.now[node] = self.new.node_copy(node, lambda n: self.now[n])

@@ -19,6 +19,7 @@ from memplan.build_problem import BUFFER, OP, RECOMPUTE, TANGENTS, BuiltProblem,
 from memplan.capture import input_nodes, is_getitem, tensors
 from memplan.errors import UnsupportedError
 from memplan.outcome import Limits
+from memplan.passes.copying import resolve
 from memplan.passes.schedule import Scheduled
 from memplan.plans import Offload as Stay
 from memplan.program import StepKind
@@ -254,19 +255,12 @@ class _Writer:
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         """The node that has a value from here on; views of a copy that came back are made anew."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            missing = [a for a in input_nodes(top) if a not in self.now] if top not in self.now else []
-            if missing:
-                stack.extend(missing)
-                continue
-            stack.pop()
-            if top not in self.now:
-                if top.op != "call_function" or OP in top.meta:
-                    raise UnsupportedError(f"{top.name}: a second value of a storage that was offloaded")
-                self._copy(top)
-        return self.now[node]
+        return resolve(node, self.now, self._again)
+
+    def _again(self, node: fx.Node) -> None:
+        if node.op != "call_function" or OP in node.meta:
+            raise UnsupportedError(f"{node.name}: a second value of a storage that was offloaded")
+        self._copy(node)
 
     def _copy(self, node: fx.Node) -> None:
         for operand in input_nodes(node):

@@ -11,6 +11,7 @@ from torch import fx
 
 from memplan.build_problem import RECOMPUTE, TANGENTS, BuiltProblem
 from memplan.capture import input_nodes
+from memplan.passes.copying import resolve
 from memplan.problem import Phase
 from memplan.runtime.random import draw, replay
 
@@ -104,18 +105,7 @@ class _Writer:
         return self._resolve(value) if isinstance(value, fx.Node) else value
 
     def _resolve(self, node: fx.Node) -> fx.Node:
-        """The copy in force; free nodes are emitted when first needed (iteratively: view chains can be long)."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            missing = [a for a in input_nodes(top) if a not in self.now] if top not in self.now else []
-            if missing:
-                stack.extend(missing)
-                continue
-            stack.pop()
-            if top not in self.now:
-                self._copy(top)
-        return self.now[node]
+        return resolve(node, self.now, self._copy)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         new = self.graph.node_copy(node, lambda n: self.now[n])

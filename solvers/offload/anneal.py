@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memplan.solvers.compiled import compiled
+from memplan.solvers.lehmer import draw, unit
 from memplan.solvers.offload.arrays import COUNT, TIERS, Floats, Ints
 from memplan.solvers.offload.engines import (
     AWAY,
@@ -40,7 +41,6 @@ from memplan.solvers.offload.moves import (
     TRIAL_LENGTH,
     TRIAL_N_FREE,
     N,
-    draw,
     drop,
     over_position,
     pick_again,
@@ -52,7 +52,6 @@ from memplan.solvers.offload.moves import (
     send,
     shift,
     stay,
-    unit,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.solvers.compiled import compiled
+from memplan.solvers.lehmer import draw, unit
 from memplan.solvers.offload.arrays import COUNT, HOME, ONCE, READ_ROW, READS, SIZE, TIERS, UNTIL_FIRST, WIDTH, WRITER
 from memplan.solvers.offload.engines import (
     AFTER_FREE,
@@ -47,20 +48,6 @@ LENGTH, TRIAL_LENGTH, N_FREE, BUDGET, N_LOG, TRIAL_N_FREE, TAKEN, MIX = 0, 1, 2,
 TRIES = 24  # gaps drawn in search of one over a position
 LONGEST = 12  # ops that one move runs again
 LOGGED = 64  # slots that one move may change
-
-
-@compiled
-def draw(random, below):
-    """A whole number in [0, below); Lehmer's generator, whose products stay under 2^47 in any integer type."""
-    random[0] = random[0] * 48271 % 2147483647
-    return random[0] % below
-
-
-@compiled
-def unit(random):
-    """A number in (0, 1)."""
-    random[0] = random[0] * 48271 % 2147483647
-    return random[0] / 2147483647.0
 
 
 @compiled

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from memplan.solvers.compiled import compiled
+from memplan.solvers.lehmer import MODULUS, MULTIPLIER
 from memplan.solvers.order.model import Arrays, Ints, OrderModel
 
-MULTIPLIER, MODULUS = 48271, 2**31 - 1  # Park and Miller's minimal standard generator; products stay below 2**47
 LEVELS = 50  # temperatures of a round, falling by equal ratios
 HOTTEST, COLDEST = 0.3, 0.002  # as multiples of the mean bytes that a run makes
 MOVES = 2000  # at each temperature, at least; one for every run of larger problems

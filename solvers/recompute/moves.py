@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.solvers.compiled import compiled
+from memplan.solvers.lehmer import draw, unit
 from memplan.solvers.recompute.arrays import (
     COUNT,
     IS_HELD,
@@ -48,20 +49,6 @@ CHAIN, FOUND = 2, 3  # one entry: the chain at hand; what ``look`` found
 FAR = 30  # the farthest that a run is moved with what stands in its way
 TRIES = 12  # draws in search of an idle buffer over one position
 CHAIN_BITS = 9  # one move inserts below 2^9 runs; the bound is drawn, as long chains are rarely wanted and costly
-
-
-@compiled
-def draw(random, below):
-    """A whole number in [0, below); Lehmer's generator, whose products stay under 2^47 in any integer type."""
-    random[0] = random[0] * 48271 % 2147483647
-    return random[0] % below
-
-
-@compiled
-def unit(random):
-    """A number in (0, 1)."""
-    random[0] = random[0] * 48271 % 2147483647
-    return random[0] / 2147483647.0
 
 
 @compiled
