@@ -1,7 +1,8 @@
 """Is the budget kept? Every model at 75, 50, 35 and 25 % of its unplanned peak and at its smallest feasible budget.
 
-``python benchmarks/budgets.py`` measures what ``results/budgets.json`` does not hold yet and writes the table beside it;
-``--quick`` takes two small models, memory and exactness alone, into ``out/``. Each row is a process of its own.
+``python benchmarks/budgets.py`` measures what ``results/training.json`` does not hold yet and writes the table beside it;
+the frontier's records are in the same file, so that no row is measured twice. ``--quick`` takes two small models, memory
+and exactness alone, into ``out/``. Each row is a process of its own.
 """
 
 from __future__ import annotations
@@ -141,13 +142,13 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="measure rows again that the results hold already")
     parser.add_argument("--quick", action="store_true", help="two small models, no timing")
     parser.add_argument(
-        "--out", type=Path, help="results file; default results/budgets.json, or out/budgets.json for --quick"
+        "--out", type=Path, help="results file; default results/training.json, or out/training.json for --quick"
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; write the table from the results")
     given = parser.parse_args()
     if given.quick:
         given.models, given.size, given.stock, given.pairs = ["gpt", "resnet"], "small", [], 0
-    path: Path = given.out or (OUT if given.quick else HERE / "results") / "budgets.json"
+    path: Path = given.out or (OUT if given.quick else HERE / "results") / "training.json"
     results = Results(path, environment())
     if not given.report:
         variants = {"without": (False,), "with": (True,), "both": (False, True)}[given.dropout]
@@ -157,8 +158,8 @@ def main() -> None:
             run(bench, models, given.stock)
     counts = "\n".join(f"- {line}" for line in summary(results.data)) + "\n"
     written = table(results.data) + "\n" + counts
-    path.with_suffix(".md").write_text(written)
-    path.with_name(f"{path.stem}_by_model.md").write_text(by_model(results.data) + "\n" + counts)
+    path.with_name("budgets.md").write_text(written)
+    path.with_name("budgets_by_model.md").write_text(by_model(results.data) + "\n" + counts)
     Console(width=200).print(written, markup=False)
 
 

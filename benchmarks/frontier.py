@@ -1,7 +1,7 @@
 """The frontier: peak against step time of memplan and of everything a user would pick instead, on every model.
 
 ``python benchmarks/frontier.py --models gpt resnet50 --rivals hand stock --budgets 12`` measures what
-``results/frontier.json`` does not hold yet and writes a Markdown report and SVG pictures beside it. Each point is a
+``results/training.json`` does not hold yet and writes a Markdown report and SVG pictures beside it. Each point is a
 process of its own, timed in turns with eager. ``--quick`` takes two small models and few contenders, into ``out/``.
 """
 
@@ -42,6 +42,8 @@ def run(bench: Bench, plan: Plan) -> None:
     for model in plan.models:
         for rival in plan.rivals:
             bench.record(model, rival)
+        if not plan.budgets:
+            continue
         unplanned = bench.record(model, "memplan")
         if "peak" not in unplanned:
             continue
@@ -70,7 +72,12 @@ def main() -> None:
     parser.add_argument(
         "--rivals", nargs="*", default=["hand", "stock"], help="hand, stock, quick, or contenders by name"
     )
-    parser.add_argument("--budgets", type=int, default=12, help="points of memplan, unplanned and smallest included")
+    parser.add_argument(
+        "--budgets",
+        type=int,
+        default=12,
+        help="points of memplan, unplanned and smallest included; 0 measures rivals alone",
+    )
     parser.add_argument("--sizes", nargs="+", default=["bench"], choices=["small", "bench"])
     parser.add_argument("--dropout", action="store_true", help="the variants with dropout as well")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast as well")
@@ -79,7 +86,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="measure points again that the results hold already")
     parser.add_argument("--quick", action="store_true", help="two small models, few contenders, 3 pairs")
     parser.add_argument(
-        "--out", type=Path, help="results file; default results/frontier.json, or out/frontier.json for --quick"
+        "--out", type=Path, help="results file; default results/training.json, or out/training.json for --quick"
     )
     parser.add_argument("--report", action="store_true", help="measure nothing; write the report from the results")
     given = parser.parse_args()
@@ -91,14 +98,14 @@ def main() -> None:
             5,
             3,
         )
-    path: Path = given.out or (OUT if given.quick else HERE / "results") / "frontier.json"
+    path: Path = given.out or (OUT if given.quick else HERE / "results") / "training.json"
     results = Results(path, environment())
     if not given.report:
         with Bench(results, given.pairs, given.threads, given.force) as bench:
             run(bench, Plan(selected(given), chosen(given.rivals), given.budgets))
     text = report(results.data)
-    path.with_suffix(".md").write_text(text)
-    plot.frontier(results.data, path.with_suffix(".svg"))
+    path.with_name("frontier.md").write_text(text)
+    plot.frontier(results.data, path.with_name("frontier.svg"))
     plot.prediction(results.data, path.with_name("prediction.svg"))
     Console(width=160).print(text, markup=False)
 
