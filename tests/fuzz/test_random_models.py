@@ -11,9 +11,7 @@ NIGHTLY = settings.get_current_profile_name() == "nightly"
 
 
 def cases(by_default: int, nightly: int) -> settings:
-    """Profile "fuzz" draws the same cases every time, "nightly" others on every run."""
-    profile = settings.get_profile("nightly" if NIGHTLY else "fuzz")
-    return settings(profile, max_examples=nightly if NIGHTLY else by_default)
+    return settings(max_examples=nightly if NIGHTLY else by_default)
 
 
 LONGEST = 10 if NIGHTLY else 5

@@ -111,7 +111,7 @@ def test_few_rows_are_left_alone():
     assert _rewritten(shifted, *_inputs(), rows=64) is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 9),
     tokens=st.integers(1, 20),

@@ -286,7 +286,7 @@ place = Store([(0, 1 << 28)], 1 << 28, {directory!r})
 source = torch.ones(1 << 26)
 threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    while True:
+    for _ in range(100):  # not for ever: Python swallows an interrupt that lands in a finaliser
         ticket = offload(source, place.number, 0)
         written(ticket, source)
         del ticket
@@ -306,7 +306,7 @@ print("alive", os.listdir({directory!r}))
 def test_keyboard_interrupt_and_exit(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     code = _INTERRUPTED.format(root=root, directory=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "alive []\n", done.stderr
     assert done.returncode == 0
     assert os.listdir(tmp_path) == []

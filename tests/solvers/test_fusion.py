@@ -92,7 +92,7 @@ def problems(draw: st.DrawFn) -> FusionProblem:
     return FusionProblem(tuple(runs), sizes, kept, launch_bytes=draw(st.integers(0, 5)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_any_plan_is_legal_and_never_lifts_the_peak(problem: FusionProblem) -> None:
     plan = solve_fusion(problem)

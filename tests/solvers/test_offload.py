@@ -76,7 +76,7 @@ def between(problem: Problem, share: float) -> int:
     return int(low + share * (stored_peak(problem) - low))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from((0.0, 0.3, 0.7)), homes=st.booleans())
 def test_every_plan_is_valid_and_keeps_the_budget(seed: int, share: float, homes: bool) -> None:
     problem = random_problem(seed, homes=homes)
@@ -88,7 +88,7 @@ def test_every_plan_is_valid_and_keeps_the_budget(seed: int, share: float, homes
         assert plan.budget is None and plan.status == Status.TIMED_OUT
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), steps=st.integers(1, 5))
 def test_the_replay_is_what_the_validator_finds(seed: int, steps: int) -> None:
     """After any moves at high temperature, time and peak are those of the plan written out."""

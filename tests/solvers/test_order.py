@@ -81,7 +81,7 @@ def least_peak(problem: Problem) -> int:
 seeds = st.integers(0, 2**32).map(random.Random)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, st.integers(1, 6))
 def test_least_peak_on_small_graphs(rng: random.Random, n: int) -> None:
     problem = random_problem(rng, n)
@@ -91,7 +91,7 @@ def test_least_peak_on_small_graphs(rng: random.Random, n: int) -> None:
     assert plan.status == Status.OPTIMAL
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, st.integers(1, 30))
 def test_plans_are_valid_and_bounds_hold(rng: random.Random, n: int) -> None:
     problem = random_problem(rng, n)
@@ -102,7 +102,7 @@ def test_plans_are_valid_and_bounds_hold(rng: random.Random, n: int) -> None:
     assert (plan.status == Status.OPTIMAL) == (plan.peak == plan.peak_bound)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, st.integers(1, 25))
 def test_cut_is_between_forced_live_and_the_load_of_any_order(rng: random.Random, n: int) -> None:
     problem = random_problem(rng, n)
@@ -117,7 +117,7 @@ def test_cut_is_between_forced_live_and_the_load_of_any_order(rng: random.Random
                 assert forced[v] <= cut_at(model, v) <= load
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, st.integers(1, 20))
 def test_polish_keeps_runs_and_never_raises_the_peak(rng: random.Random, n: int) -> None:
     problem = random_problem(rng, n)
@@ -169,7 +169,7 @@ def test_compiled_loops_and_plain_python_give_the_same() -> None:
     assert json.loads(plain.stdout) == json.loads(json.dumps([annealed(problem, 3), searched(problem)]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, st.integers(1, 16))
 def test_exact_search_decides(rng: random.Random, n: int) -> None:
     """Both directions agree, and a limit is feasible exactly from the least peak on."""
@@ -185,7 +185,7 @@ def test_exact_search_decides(rng: random.Random, n: int) -> None:
         assert below.order is None and below.bound == least
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.integers(2, 60))
 def test_annealed_orders_are_valid(rng: random.Random, n: int) -> None:
     problem = random_problem(rng, n)

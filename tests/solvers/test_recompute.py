@@ -94,7 +94,7 @@ def test_a_chain_fits_half_its_memory() -> None:
     assert plan.gap < 1e-6 and plan.bound_scope == "any order"
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from((0.0, 0.3, 0.7)))
 def test_every_plan_is_valid_and_keeps_the_budget(seed: int, share: float) -> None:
     problem = random_problem(seed)
@@ -105,7 +105,7 @@ def test_every_plan_is_valid_and_keeps_the_budget(seed: int, share: float) -> No
     assert plan.status != Status.INFEASIBLE, "a plan with this peak is known"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), steps=st.integers(1, 400))
 def test_the_incremental_state_is_what_the_sequence_says(seed: int, steps: int) -> None:
     """After any moves, the loads kept edit by edit equal those of the sequence from scratch, and the validator's peak."""
@@ -150,7 +150,7 @@ def test_bounds_never_exceed_the_exact_optimum(seed: int) -> None:
     assert not proves_infeasible(problem, exact.peak)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from((0.2, 0.5, 0.8)))
 def test_the_bound_for_any_order_never_exceeds_a_plan(seed: int, share: float) -> None:
     """No plan in any order is faster: neither the exact one in stored order nor one found in another order."""

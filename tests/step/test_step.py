@@ -6,73 +6,15 @@ import copy
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from peak import peak_above
 from torch import Tensor, nn
+from training import OPTIMIZERS, batches, compiled, eager, network, same
 
 import memplan
 from memplan.errors import BudgetInfeasibleError, InputError, OptionError
-from memplan.problem import Category, Phase
-from memplan.program import Program
-from memplan.step import Step
-
-Optimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
-Batch = tuple[Tensor, Tensor]
-
-OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, foreach=False),
-    "nesterov": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01, nesterov=True, foreach=False),
-    "dampened": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.3, maximize=True, foreach=False),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, foreach=False),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
-    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, foreach=False),
-}
-
-
-def network(width: int = 32, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(16, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.3), nn.Linear(width, width), nn.Tanh(),
-        nn.Linear(width, 3),
-    )  # fmt: skip
-
-
-def batches(count: int, size: int = 24) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 16, generator=generator), torch.randint(3, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def eager(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable[Batch], max_norm: float | None = None
-) -> Iterator[Tensor]:
-    for x, y in data:
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.detach()
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-def compiled(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Step:
-    return memplan.compile_step(model, nn.functional.cross_entropy, optimizer, **options)
-
-
-def planned_program(step: Step) -> Program:
-    assert step.planned is not None
-    return step.planned.lowered.program
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -143,62 +85,6 @@ def test_groups_frozen_and_unused_parameters() -> None:
         torch.manual_seed(7)
         list(model_losses)
     assert same(ours, theirs) and ours[2].weight in a.state and ours[0].weight in a.state
-
-
-def test_a_budget_changes_no_bit_and_is_kept() -> None:
-    def run(budget: str | None) -> tuple[nn.Module, Step, int]:
-        model = network(width=256)
-        x, y = batches(1, size=256)[0]
-        step = compiled(model, OPTIMIZERS["adamw"](model.parameters()), memory_budget=budget)
-        torch.manual_seed(5)
-        for _ in range(3):
-            step(x, y)
-        weights = copy.deepcopy(model.state_dict())
-        above = peak_above(lambda: step(x, y))
-        model.load_state_dict(weights)
-        return model, step, above
-
-    free, _, _ = run(None)
-    tight, step, above = run("80%")
-    assert same(free, tight)
-    assert step.planned is not None and step.planned.plan.budget is not None
-    assert step.planned.plan.unplanned_peak > step.planned.plan.budget
-    assert step.planned.problem.resident_bytes + above <= step.planned.plan.budget
-
-
-def test_gradients_die_one_by_one() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(96, 96, bias=False) for _ in range(12)])
-    x, y = torch.randn(4, 96), torch.randn(4, 96)
-    step = memplan.compile_step(model, nn.functional.mse_loss, OPTIMIZERS["adamw"](model.parameters()))
-    step(x, y)
-    program = planned_program(step)
-    size = [s.size if s.category == Category.GRADIENT else 0 for s in program.storages]
-    live = most = 0
-    for at in program.steps:
-        live += sum(size[s] for s in at.makes)
-        most = max(most, live)
-        live -= sum(size[s] for s in at.frees)
-    assert 0 < most <= 2 * max(size)
-    assert any(at.phase == Phase.OPTIMIZER for at in program.steps)
-    states = sum(program.storages[s].size for s in program.resident if program.storages[s].category == "optimizer")
-    assert states == 2 * sum(s.size for s in program.storages if s.category == Category.PARAMETER)
-
-
-def test_nothing_runs_again_after_its_weights_changed() -> None:
-    """Under the least budget, runs are repeated; none that reads a parameter after its update."""
-    model = network(width=64)
-    x, y = batches(1, size=512)[0]
-    step = compiled(model, OPTIMIZERS["sgd"](model.parameters()), objective="peak")
-    step(x, y)
-    assert step.planned is not None and step.planned.plan.recomputed
-    problem = step.planned.problem
-    assert any(op.after_all for op in problem.ops)
-    changed: set[int] = set()
-    for i in step.planned.plan.sequence:
-        op = problem.ops[i]
-        assert op.phase == Phase.OPTIMIZER or not changed.intersection(op.reads)
-        changed.update(op.mutates if op.phase == Phase.OPTIMIZER else ())
 
 
 def test_shapes_and_modes_are_captured_again() -> None:
@@ -393,51 +279,3 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.net(x), x
-
-
-def test_states_on_disk(tmp_path: Any) -> None:
-    """The same bits with the state in a file; little of it in memory at any instant; a checkpoint goes both ways."""
-
-    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = nn.Sequential(*[m for _ in range(8) for m in (nn.Linear(192, 192), nn.Tanh())])
-        return model, OPTIMIZERS["adamw"](model.parameters())
-
-    x, y = torch.randn(64, 192), torch.randn(64, 192)
-    (ours, a), (theirs, b) = build(), build()
-    options = {"memory_budget": "75%", "swap.directory": str(tmp_path), "runtime_estimator": "analytic"}
-    step = memplan.compile_step(ours, nn.functional.mse_loss, a, states="disk", **options)
-    usual = memplan.compile_step(theirs, nn.functional.mse_loss, b)
-    for _ in range(2):
-        assert torch.equal(step(x, y), usual(x, y))
-    a.load_state_dict(copy.deepcopy(b.state_dict()))  # in memory: goes to the disk at the next step
-    step(x, y), usual(x, y)
-    checkpoint = copy.deepcopy(a.state_dict())["state"]
-    for mine, other in zip(checkpoint.values(), b.state_dict()["state"].values(), strict=True):
-        assert all(torch.equal(mine[k], other[k]) for k in other)
-    assert same(ours, theirs)
-    assert not list(tmp_path.iterdir())
-
-    program = planned_program(step)
-    size = [s.size if s.category == Category.OPTIMIZER else 0 for s in program.storages]
-    live = most = sum(size[s] for s in program.resident)
-    for at in program.steps:
-        live += sum(size[s] for s in at.makes)
-        most = max(most, live)
-        live -= sum(size[s] for s in at.frees)
-    total = sum(v.nbytes for s in a.state.values() for v in s.values() if v.dim())
-    assert sum(size[s] for s in program.resident) <= 0.1 * total  # biases; what more is there at once, the plan decides
-    assert most < total
-    above = peak_above(lambda: step(x, y))
-    assert step.planned is not None and step.planned.problem.resident_bytes + above <= (step.planned.plan.budget or 0)
-
-
-def test_states_on_disk_are_refused_where_they_cannot_be() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    with pytest.raises(OptionError, match="needs a memory_budget"):
-        compiled(model, optimizer, states="disk")
-    with pytest.raises(OptionError, match="swap.enabled"):
-        compiled(model, optimizer, states="disk", memory_budget="80%", swap_enabled=False)
-    with pytest.raises(OptionError, match='"device" or "disk"'):
-        compiled(model, optimizer, states="host")

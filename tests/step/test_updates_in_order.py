@@ -53,7 +53,7 @@ def test_the_validator_knows_the_rule() -> None:
         check_sequence(problem, (forward0, forward1, update1, backward1, backward0, update0))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=9), st.floats(0.5, 0.95))
 def test_every_solver_keeps_it(sizes: list[int], share: float) -> None:
     problem = chain(sizes)
@@ -65,7 +65,7 @@ def test_every_solver_keeps_it(sizes: list[int], share: float) -> None:
     check_sequence(problem, polish_order(problem, lowest.sequence, limits=WORK))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.floats(0.5, 0.95))
 def test_beside_states_on_disk(sizes: list[int], share: float) -> None:
     problem = chain(sizes, home="disk")
