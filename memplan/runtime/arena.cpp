@@ -3,6 +3,9 @@
 //
 // No two living blocks ever share a byte: a request whose planned bytes are still in use is refused and served by the
 // default allocator. So a tensor that outlives its planned life (a gradient the user keeps, a retained graph) is safe.
+//
+// Tensors die late: after their thread's own variables, and while the process ends, after this library's. So nothing
+// here has a destructor that runs by itself: what is thread_local or static is a plain pointer or is never destroyed.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -51,23 +54,24 @@ struct Script {
   std::vector<Step> steps;
 };
 
-struct Run {
-  Arena* arena;  // null: record only
-  const Script* script;
-  const Step* step;
-  size_t next;  // the first request not made yet
-};
-
-std::mutex guard;  // arenas and everything in them
-std::map<const char*, Arena*> arenas;  // by base address
-thread_local std::vector<Run> runs;  // a kernel may itself run a scripted function
-
 // One allocation of a recorded kernel. Births and deaths are counted on one clock.
 struct Allocation {
   int64_t address, bytes, born, died;
 };
-thread_local std::vector<Allocation> recorded;
-thread_local int64_t clock_now = 0;
+
+struct Run {
+  Arena* arena;  // null: record only
+  const Script* script;
+  Run* outer;  // a kernel may itself run a scripted function
+  const Step* step = nullptr;
+  size_t next = 0;  // the first request not made yet
+  std::vector<Allocation> recorded;  // of the kernel that runs
+  int64_t clock = 0;
+};
+
+std::mutex& guard = *new std::mutex;  // arenas and everything in them
+auto& arenas = *new std::map<const char*, Arena*>;  // by base address
+thread_local Run* running = nullptr;  // what this thread runs
 
 c10::Allocator* fallback() {
   static c10::Allocator* const before = c10::GetCPUAllocator();
@@ -127,16 +131,21 @@ void* planned(Run& run, size_t bytes) {
   return nullptr;
 }
 
-void record_death(const void* pointer) {
-  for (auto it = recorded.rbegin(); it != recorded.rend(); ++it)
+void record_birth(Run& run, const void* pointer, size_t bytes) {
+  run.recorded.push_back({reinterpret_cast<int64_t>(pointer), static_cast<int64_t>(bytes), run.clock++,
+                          std::numeric_limits<int64_t>::max()});
+}
+
+void record_death(Run& run, const void* pointer) {
+  for (auto it = run.recorded.rbegin(); it != run.recorded.rend(); ++it)
     if (it->address == reinterpret_cast<int64_t>(pointer) && it->died == std::numeric_limits<int64_t>::max()) {
-      it->died = clock_now++;
+      it->died = run.clock++;
       return;
     }
 }
 
 void give_back(void* pointer) {
-  if (!runs.empty() && runs.back().arena == nullptr) record_death(pointer);
+  if (running != nullptr && running->arena == nullptr) record_death(*running, pointer);
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (address >= lowest.load(std::memory_order_relaxed) && address < highest.load(std::memory_order_relaxed)) {
     std::lock_guard<std::mutex> lock(guard);
@@ -153,13 +162,10 @@ void give_back(void* pointer) {
 
 struct PlannedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (runs.empty()) return other(bytes);
-    Run& run = runs.back();
-    if (void* place = planned(run, bytes)) return {place, place, &give_back, c10::Device(c10::DeviceType::CPU)};
+    if (running == nullptr) return other(bytes);
+    if (void* place = planned(*running, bytes)) return {place, place, &give_back, c10::Device(c10::DeviceType::CPU)};
     c10::DataPtr data = other(bytes);
-    if (run.arena == nullptr)
-      recorded.push_back({reinterpret_cast<int64_t>(data.get()), static_cast<int64_t>(bytes), clock_now++,
-                          std::numeric_limits<int64_t>::max()});
+    if (running->arena == nullptr) record_birth(*running, data.get(), bytes);
     return data;
   }
   c10::DeleterFnPtr raw_deleter() const override {
@@ -196,11 +202,15 @@ void give_pages_back(const Arena& arena) {
 
 extern "C" {
 
+// Once a process, whoever else calls it: handlers of fork that lock twice would never return.
 void memplan_install() {
-  static PlannedAllocator allocator;
-  fallback();
-  pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, [] { guard.unlock(); });
-  c10::SetCPUAllocator(&allocator);
+  static const bool once = [] {
+    fallback();
+    pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, [] { guard.unlock(); });
+    c10::SetCPUAllocator(new PlannedAllocator);
+    return true;
+  }();
+  (void)once;
 }
 
 // Null when the memory cannot be had.
@@ -270,36 +280,44 @@ void memplan_script_request(void* script, int64_t step, int64_t size, int64_t of
   static_cast<Script*>(script)->steps[step].requests.push_back({size, offset, kept});
 }
 
-// This thread runs ``script`` in ``arena`` until the matching end; a null arena records instead.
+// This thread runs ``script`` in ``arena`` until it unwinds; a null arena records instead.
 void memplan_begin(void* script, void* arena) {
-  if (arena != nullptr) {
-    std::lock_guard<std::mutex> lock(guard);
-    ++static_cast<Arena*>(arena)->active;
-  }
-  runs.push_back({static_cast<Arena*>(arena), static_cast<Script*>(script), nullptr, 0});
+  running = new Run{static_cast<Arena*>(arena), static_cast<Script*>(script), running};
+  if (arena == nullptr) return;
+  std::lock_guard<std::mutex> lock(guard);
+  ++running->arena->active;
 }
 
 void memplan_step(int64_t step) {
-  Run& run = runs.back();
-  run.step = run.script == nullptr ? nullptr : &run.script->steps[step];
-  run.next = 0;
-  if (run.arena == nullptr) recorded.clear();
+  running->step = running->script == nullptr ? nullptr : &running->script->steps[step];
+  running->next = 0;
+  running->recorded.clear();
 }
 
-void memplan_end() {
-  Arena* arena = runs.back().arena;
-  runs.pop_back();
-  if (arena == nullptr) return;
-  std::lock_guard<std::mutex> lock(guard);
-  if (--arena->active == 0 && arena->closed && arena->live.empty()) destroy(arena);
+// What this thread runs now, to go back to.
+void* memplan_running() {
+  return running;
 }
 
-// The allocations of the kernel that was recorded last: address, bytes, born, died. Fills at most ``capacity`` of them
+// End what this thread began since ``outer`` was what it ran.
+void memplan_unwind(void* outer) {
+  while (running != outer && running != nullptr) {
+    Run* ended = running;
+    running = ended->outer;
+    if (Arena* arena = ended->arena) {
+      std::lock_guard<std::mutex> lock(guard);
+      if (--arena->active == 0 && arena->closed && arena->live.empty()) destroy(arena);
+    }
+    delete ended;
+  }
+}
+
+// The allocations of the kernel that this thread records: address, bytes, born, died. Fills at most ``capacity`` of them
 // and returns how many there are.
 int64_t memplan_recorded(int64_t* found, int64_t capacity) {
-  const int64_t count = static_cast<int64_t>(recorded.size());
+  const int64_t count = static_cast<int64_t>(running->recorded.size());
   for (int64_t k = 0; k < std::min(count, capacity); ++k) {
-    const Allocation& a = recorded[k];
+    const Allocation& a = running->recorded[k];
     found[4 * k] = a.address, found[4 * k + 1] = a.bytes, found[4 * k + 2] = a.born, found[4 * k + 3] = a.died;
   }
   return count;

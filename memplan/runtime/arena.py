@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -101,14 +102,15 @@ class Pool:
     def statistics(self) -> ArenaStatistics:
         library = native.library()
         assert library is not None
-        return ArenaStatistics(
-            self.layout.height,
-            len(self._arenas),
-            self.results,
-            self.unplaced,
-            sum(library.arena_placed(a) for a in self._arenas),
-            sum(library.arena_refused(a) for a in self._arenas),
-        )
+        with Pool._lock:
+            return ArenaStatistics(
+                self.layout.height,
+                len(self._arenas),
+                self.results,
+                self.unplaced,
+                sum(library.arena_placed(a) for a in self._arenas),
+                sum(library.arena_refused(a) for a in self._arenas),
+            )
 
     def made_by(self, step: Step) -> tuple[int, tuple[int, ...]] | None:
         """(the joint Program's step, the storages it makes) for a step of the forward's or the backward's Program."""
@@ -141,7 +143,7 @@ class Pool:
             self.off = True
 
     def enter(self, script: int, args: Sequence[Any], begins: bool) -> bool:
-        """Let this thread run a script in an arena until ``library.end()``; False: run without one."""
+        """Let this thread run a script in an arena until it unwinds; False: run without one."""
         library = native.library()
         if library is None:
             return False
@@ -225,6 +227,14 @@ def _close(arenas: list[int]) -> None:
         library.arena_close(arenas.pop())
 
 
+def _renew_lock() -> None:
+    """In a forked child: another thread may have held the lock when the process was copied."""
+    Pool._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def release_idle() -> None:
     """Give back every arena in which nothing lives: between steps, where others need the memory or it is measured."""
     library = native.library()
@@ -247,37 +257,52 @@ class Script:
         self._steps = program.steps
         self._kernels = tuple(at if step.kind in _ALLOCATE else -1 for at, step in enumerate(program.steps))
         self._begins = begins
-        self._known = False
+        self._known = self._recording = False
         self._kernels_seen: dict[int, _Kernel] = {}
         self.handle = library.script_new(len(program.steps))
         weakref.finalize(self, library.script_free, self.handle).atexit = False
 
     def run(self, calls: Sequence[Call], slots: list[Any]) -> None:
         """Run the calls of the Program's steps over ``slots``, which hold the arguments."""
-        library = self._library
-        in_arena = self._pool.enter(self.handle, slots, self._begins)
-        if self._known and not in_arena:
-            for call in calls:
-                call(slots)
-            return
-        if not in_arena:
-            library.begin(None, None)
-        step = library.step
+        library, before = self._library, self._library.running()
+        recording = False
         try:
-            for at, call in zip(self._kernels, calls, strict=True):
-                if at >= 0:
-                    step(at)
-                    value = call(slots)
-                    if not in_arena:
-                        self._record(at, value)
-                    del value
-                else:
+            in_arena = self._pool.enter(self.handle, slots, self._begins)
+            recording = not in_arena and self._begin_recording()
+            if in_arena or recording:
+                self._run(calls, slots, recording)
+            else:
+                for call in calls:
                     call(slots)
-        finally:
-            library.end()
-        if not in_arena:
+        finally:  # an interrupt may have come at any instant, before the first kernel, too
+            library.unwind(before)
+            if recording:
+                self._recording = False
+
+    def _run(self, calls: Sequence[Call], slots: list[Any], recording: bool) -> None:
+        step = self._library.step
+        for at, call in zip(self._kernels, calls, strict=True):
+            if at >= 0:
+                step(at)
+                value = call(slots)
+                if recording:
+                    self._record(at, value)
+                del value
+            else:
+                call(slots)
+        if recording:
             self._known = True
             self._pool.recorded(self)
+
+    def _begin_recording(self) -> bool:
+        """False where it is known, and while another thread records it."""
+        with Pool._lock:
+            if self._known or self._recording:
+                return False
+            self._recording = True
+        self._kernels_seen.clear()
+        self._library.begin(None, None)
+        return True
 
     def _record(self, at: int, value: Any) -> None:
         """Learn which allocations of the kernel just run hold its results."""

@@ -33,7 +33,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "script_request": (None, (_POINTER, _SIZE, _SIZE, _SIZE, _SIZE)),
     "begin": (None, (_POINTER, _POINTER)),
     "step": (None, (_SIZE,)),
-    "end": (None, ()),
+    "running": (_POINTER, ()),
+    "unwind": (None, (_POINTER,)),
     "recorded": (_SIZE, (ctypes.POINTER(_SIZE), _SIZE)),
 }
 
@@ -66,7 +67,7 @@ def library() -> ctypes.PyDLL | None:
 
 
 def recorded(loaded: ctypes.PyDLL) -> list[Allocation]:
-    """The allocations of the kernel that this thread recorded last, in order."""
+    """The allocations of the kernel that this thread is recording, in order."""
     count = loaded.recorded(None, 0)
     numbers = (_SIZE * (4 * count))()
     loaded.recorded(numbers, count)
