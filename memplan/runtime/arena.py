@@ -70,7 +70,8 @@ class Pool:
 
     Each step under way has its own. One that holds nothing but gradients the user keeps is left to them, its other
     pages given back. Functions whose steps are under way at once (a model in pieces) use arenas only where all of them
-    fit the budget together: each is held at its whole height while the others run.
+    fit the budget together: each is held at its whole height while the others run. Any other function that begins a
+    step (evaluation beside training) takes over: arenas that idle are given back, as if torch had allocated.
     """
 
     _all: ClassVar[weakref.WeakSet[Pool]] = weakref.WeakSet()
@@ -88,6 +89,7 @@ class Pool:
         self._scripts: list[Script] = []  # recorded ones, until all are
         self._pending = False  # while recording: a forward has run, its backward has not
         self.off = False
+        self._companions: weakref.WeakSet[Pool] = weakref.WeakSet()  # pools that had steps under way beside this one's
         self._arenas: list[int] = []  # never bound anew: the finalizer holds it
         weakref.finalize(self, _close, self._arenas).atexit = False
         self.results = self.unplaced = 0  # storages with a place in the arena, and without
@@ -150,6 +152,8 @@ class Pool:
         with Pool._lock:
             if begins:
                 self._share()
+                for other in set(Pool._all) - set(self._companions) - {self}:
+                    other.release_idle()
             self._pending = begins and self._waiting > 0 and self._parts > 1
             if self.off or self._waiting:
                 return False
@@ -195,6 +199,9 @@ class Pool:
     def _share(self) -> None:
         """Do without arenas where those of the functions under way together are more than the budget."""
         together = [self, *(other for other in Pool.all() if other is not self and other._under_way())]
+        for other in together[1:]:
+            self._companions.add(other)
+            other._companions.add(self)
         budgets = [pool._budget for pool in together if pool._budget is not None]
         held = max(pool._resident for pool in together) + sum(pool._beyond for pool in together)
         if len(together) > 1 and budgets and held > min(budgets):
@@ -209,11 +216,16 @@ class Pool:
         return not self.off and (self._pending or any(library.arena_state(a) >= _PENDING for a in self._arenas))
 
     def release_idle(self) -> None:
+        """Give back what no step under way needs."""
         library = native.library()
         assert library is not None
-        for arena in [a for a in self._arenas if library.arena_state(a) == _IDLE]:
-            library.arena_close(arena)
-            self._arenas.remove(arena)
+        for arena in tuple(self._arenas):
+            state = library.arena_state(arena)
+            if state == _IDLE:
+                library.arena_close(arena)
+                self._arenas.remove(arena)
+            elif state == _KEPT:
+                library.arena_trim(arena)
 
     def close(self) -> None:
         _close(self._arenas)
@@ -236,7 +248,8 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def release_idle() -> None:
-    """Give back every arena in which nothing lives: between steps, where others need the memory or it is measured."""
+    """Give back every arena in which nothing lives, and of those that hold gradients the rest: between steps, where
+    others need the memory or it is measured."""
     library = native.library()
     if library is None:
         return

@@ -238,6 +238,38 @@ def test_off_and_released(net: Net) -> None:
     assert len(arena.Pool.all()) <= before + 1
 
 
+def test_another_function_takes_over_what_idles(net: Net) -> None:
+    twin = copy.deepcopy(net)
+    run, other = compiled(net), compiled(twin, solver_seed=1)  # of equal options dynamo would make one function
+    step(run, net)
+    step(run, net)
+    first = pool()
+    assert first.statistics().arenas == 1
+    net.zero_grad(set_to_none=True)
+    step(other, twin)
+    assert first.statistics().arenas == 0
+
+
+def test_an_interrupt_before_the_first_kernel_ends_the_run(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = compiled(net)
+    wanted = step(run, net)
+    library = native.library()
+    assert library is not None
+    begin = library.begin
+
+    def interrupted(*given: Any) -> None:
+        begin(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(images())
+    monkeypatch.undo()
+    assert library.running() is None
+    net.norm.load_state_dict(Net().norm.state_dict())
+    assert_same(step(run, net), wanted)
+
+
 def test_a_forked_process_uses_its_copy(net: Net) -> None:
     run = compiled(net)
     wanted = step(run, net)
