@@ -2,7 +2,8 @@
 
 ``python benchmarks/coverage.py`` plans each model without a budget, over fake tensors, asks the fusion solver for
 regions and writes ``results/coverage.json``: regions, bytes moved by ops other than products, the bytes of those inside
-regions, and what is left out, by op. No kernel is compiled; the figures do not depend on the machine.
+regions, of single ops that have nothing to fuse with, of ops that stay apart though they have, and of what no region
+may hold, by op. No kernel is compiled; the figures do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from memplan.backend import compile_with
 from memplan.options import Options
 from memplan.passes.coverage import Coverage, coverage
 
-MODELS = ("gpt2", "bert", "llama", "t5")
+MODELS = ("gpt", "gpt2", "bert", "llama", "t5", "vit")
 
 
 def measured(model: str, size: str, dropout: bool) -> Coverage:
@@ -52,9 +53,9 @@ def main() -> None:
         for dropout in (False, True) if zoo.MODELS[model].has_dropout else (False,):
             found = measured(model, given.size, dropout)
             name = model + "+dropout" * dropout
-            rows[name] = asdict(found) | {"share": found.share, "emittable": found.emittable}
-            print(f"{name:14} {found.regions:4} regions, {found.share:6.1%}, with single ops {found.emittable:.1%}")
-            for title, ops in (("alone", found.alone), ("left out", found.left_out)):
+            rows[name] = asdict(found) | {"fused_share": found.fused_share, "share": found.share}
+            print(f"{name:14} {found.regions:4} regions, {found.fused_share:6.1%}, with single ops {found.share:.1%}")
+            for title, ops in (("single", found.single), ("apart", found.apart), ("left out", found.left_out)):
                 shares = ", ".join(f"{op} {size / found.total:.1%}" for op, size in list(ops.items())[:4])
                 print(f"{'':14} {title}: {shares}")
     given.out.write_text(json.dumps({"environment": environment(), "size": given.size, "rows": rows}, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from memplan.passes.runs import RunGraph
 from memplan.passes.schedule import Scheduled
 from memplan.problem import Problem
 from memplan.runtime.random import draw, replay
-from memplan.solvers.fusion import FusionPlan, solve_fusion
+from memplan.solvers.fusion import FusionPlan, FusionProblem, solve_fusion
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,26 @@ class Coverage:
 
     regions: int  # fused kernels of several ops
     total: int  # bytes
-    covered: int  # bytes, of ops inside regions
-    alone: Mapping[str, int]  # bytes by op, of those that a region may hold, but that found no neighbour, most first
-    left_out: Mapping[str, int]  # bytes by op, of those that no region may hold, most first
+    fused: int  # bytes, of ops inside regions
+    single: Mapping[str, int]  # bytes by op, of those that share no tensor with another op that a region may hold
+    apart: Mapping[str, int]  # bytes by op, of those that do, where the solver found no region that may be formed
+    left_out: Mapping[str, int]  # bytes by op, of those that no region may hold
+
+    @property
+    def fused_share(self) -> float:
+        """Of the bytes, those of ops inside regions: what fusion can save on."""
+        return self.fused / self.total if self.total else 1.0
 
     @property
     def share(self) -> float:
-        """Of the bytes, those of ops inside regions."""
-        return self.covered / self.total if self.total else 1.0
-
-    @property
-    def emittable(self) -> float:
-        """Of the bytes, those of ops for which a kernel can be emitted: inside regions, or alone between two products."""
-        return (self.covered + sum(self.alone.values())) / self.total if self.total else 1.0
+        """Of the bytes, those that no further fusion could reduce: in regions, or of ops that stand between two products
+        and read and write each of their tensors once already."""
+        return (self.fused + sum(self.single.values())) / self.total if self.total else 1.0
 
     def __str__(self) -> str:
         return (
-            f"{self.regions} fused regions can take over {self.share:.1%} of the bytes that ops other than products move; "
-            f"with ops that stand alone, {self.emittable:.1%}"
+            f"{self.regions} fused regions can take over {self.fused_share:.1%} of the bytes that ops other than products "
+            f"move; {self.share:.1%} with single ops between products, which have nothing to fuse with"
         )
 
 
@@ -57,8 +59,10 @@ def coverage(scheduled: Scheduled, problem: Problem, limit: int | None = None) -
 def measure(graph: RunGraph, plan: FusionPlan) -> Coverage:
     """Every run counts what it reads and writes, as if it ran alone."""
     inside = {run for unit in plan.regions for run in unit}
-    covered = 0
-    alone: Counter[str] = Counter()
+    companions = _with_companions(graph.problem)
+    fused = 0
+    single: Counter[str] = Counter()
+    apart: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     for index, run in enumerate(graph.problem.runs):
         if run.name == TANGENTS:
@@ -68,13 +72,25 @@ def measure(graph: RunGraph, plan: FusionPlan) -> Coverage:
             continue
         moved = sum(graph.problem.sizes[b] for b in {*run.reads, *run.writes})
         if index in inside:
-            covered += moved
-        elif run.domain >= 0:
-            alone[str(op)] += moved
+            fused += moved
         else:
-            left_out[str(op)] += moved
-    total = covered + alone.total() + left_out.total()
-    return Coverage(len(plan.regions), total, covered, dict(alone.most_common()), dict(left_out.most_common()))
+            kind = left_out if run.domain < 0 else apart if index in companions else single
+            kind[str(op)] += moved
+    total = fused + single.total() + apart.total() + left_out.total()
+    ranked = (dict(kind.most_common()) for kind in (single, apart, left_out))
+    return Coverage(len(plan.regions), total, fused, *ranked)
+
+
+def _with_companions(problem: FusionProblem) -> set[int]:
+    """Runs that share a buffer with another run of their domain: what a region could be made of."""
+    found: set[int] = set()
+    for buffer, readers in problem.readers.items():
+        made = (problem.writer[buffer],) if buffer in problem.writer else ()
+        by_domain: dict[int, list[int]] = defaultdict(list)
+        for run in (*made, *readers):
+            by_domain[problem.runs[run].domain].append(run)
+        found.update(run for domain, runs in by_domain.items() if domain >= 0 and len(runs) > 1 for run in runs)
+    return found
 
 
 def _op(node: fx.Node) -> Any:

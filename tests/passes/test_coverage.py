@@ -24,11 +24,32 @@ def test_everything_between_the_products_of_a_block_is_covered():
     torch._dynamo.reset()
     torch.compile(Model(), backend="memplan", options={"runtime_estimator": "analytic"})(torch.randn(128, 32))
     planned = memplan.recent_plans()[-1]
-    found = coverage(planned.scheduled, planned.problem)
-    assert found.regions > 0 and not found.left_out
-    assert found.covered + sum(found.alone.values()) == found.total
-    assert 0.8 < found.share <= found.emittable == 1.0
+    under_peak = coverage(planned.scheduled, planned.problem)
+    assert under_peak.regions > 0 and not under_peak.left_out
+    assert under_peak.fused + sum(under_peak.single.values()) + sum(under_peak.apart.values()) == under_peak.total
+    assert under_peak.apart  # one region would lift the peak
+    found = coverage(planned.scheduled, planned.problem, limit=2**30)
+    assert found.total == under_peak.total and not found.apart
+    assert found.share == 1.0
     assert f"{found.regions} fused regions" in str(found)
+
+
+def test_an_op_between_two_products_has_nothing_to_fuse_with():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(nn.functional.gelu(self.first(x)))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Model(), backend="memplan", options={"runtime_estimator": "analytic"})(torch.randn(128, 32))
+    planned = memplan.recent_plans()[-1]
+    found = coverage(planned.scheduled, planned.problem)
+    assert list(found.single) == ["aten.gelu.default"]
+    assert (found.fused_share, found.share) == (0.0, 1.0)
 
 
 def test_the_plan_of_a_model_tells_its_coverage():
