@@ -10,8 +10,8 @@ from torch import fx
 from memplan.codegen.index import Index, Linear
 from memplan.codegen.region import short_name
 from memplan.codegen.triton_ops import NAMES, literal, register_dtype
-from memplan.codegen.triton_schedule import aten, prims, shape_of
 from memplan.codegen.triton_values import At, Value, Values
+from memplan.codegen.triton_views import aten, prims, shape_of
 from memplan.errors import UnsupportedError
 
 

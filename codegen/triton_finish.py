@@ -10,8 +10,8 @@ from memplan.codegen.triton_kernel import cdiv
 from memplan.codegen.triton_main import MainKernel
 from memplan.codegen.triton_ops import NAMES, register_dtype
 from memplan.codegen.triton_reductions import FILL, column_expression, dependents, larger
-from memplan.codegen.triton_schedule import REDUCTIONS, reduced_count
 from memplan.codegen.triton_values import Value
+from memplan.codegen.triton_views import REDUCTIONS, reduced_count
 from memplan.errors import UnsupportedError
 
 _ROWS = 64  # partial results that one step of a finishing kernel adds up

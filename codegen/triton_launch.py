@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ import torch
 from memplan.codegen.compiled import CompiledRegion
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region
-from memplan.codegen.triton_kernel import KernelPlan
+from memplan.codegen.triton_kernel import KernelPlan, cdiv
 from memplan.codegen.triton_model import plans
 from memplan.errors import UnsupportedError
 
@@ -39,6 +40,7 @@ from memplan.codegen.triton_math import column_max, column_min, exp_step, maximu
 
 '''
 
+_ALIGNMENT = 512  # bytes; what PyTorch's CUDA allocator rounds to
 _compiled: dict[str, CompiledRegion] = {}
 
 
@@ -79,8 +81,9 @@ def load_module(path: Path) -> ModuleType:
 def launch(
     region: Region, plan: KernelPlan, module: ModuleType, inputs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """Run the kernels on new outputs, on the device of the inputs."""
+    """Run the kernels on new outputs, on the device of the inputs; that is the current one only for so long."""
     device = next((t.device for t in inputs if t.device.type != "cpu"), torch.device(region.device))
+    inputs = [t if t.device == device else t.to(device) for t in inputs]  # a scalar on the CPU has no address there
     outputs = [torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=device) for t in region.outputs]
     parts = [torch.empty(numel, dtype=dtype, device=device) for numel, dtype in plan.parts]
     named = {
@@ -88,9 +91,18 @@ def launch(
         for kind, group in (("in", inputs), ("out", outputs), ("part", parts))
         for k, t in enumerate(group)
     }
-    for kernel in plan.kernels:
-        getattr(module, kernel.name)[kernel.grid](*(named[n] for n in kernel.tensors), num_warps=kernel.warps)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
+        for kernel in plan.kernels:
+            getattr(module, kernel.name)[kernel.grid](*(named[n] for n in kernel.tensors), num_warps=kernel.warps)
     return tuple(outputs)
+
+
+def workspace(region: Region, plan: KernelPlan) -> int:
+    """Bytes that a launch holds beyond inputs and outputs: partial results, and copies of scalars that lie on the CPU."""
+    sizes = [numel * dtype.itemsize for numel, dtype in plan.parts]
+    if region.device != "cpu":
+        sizes += [t.touched_bytes for t in region.inputs if t.device == "cpu"]
+    return sum(cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
 
 def tuned(region: Region, measure: Callable[[KernelPlan], float] | None = None) -> KernelPlan:
@@ -117,15 +129,10 @@ def _seconds(region: Region, plan: KernelPlan) -> float:
     from triton.testing import do_bench
 
     module = load_module(write_module(module_source(region, plan), region.name))
-    inputs = [
-        torch.ones(1, dtype=t.dtype, device=region.device).as_strided(t.shape, [0] * len(t.shape))
-        for t in region.inputs
+    inputs = [  # zeros: a valid index into any table
+        torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=region.device).zero_() for t in region.inputs
     ]
-    dense = [
-        torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=region.device).copy_(v)
-        for t, v in zip(region.inputs, inputs)
-    ]
-    return do_bench(lambda: launch(region, plan, module, dense), warmup=5, rep=20) / 1e3
+    return do_bench(lambda: launch(region, plan, module, inputs), warmup=5, rep=20) / 1e3
 
 
 def compile_triton(region: Region) -> CompiledRegion:
@@ -147,4 +154,4 @@ def _compile(region: Region) -> CompiledRegion:
     def run(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return launch(region, plan, module, inputs)
 
-    return CompiledRegion(run, plan.workspace, "triton", source)
+    return CompiledRegion(run, workspace(region, plan), "triton", source)

@@ -22,8 +22,9 @@ from memplan.codegen.triton_reductions import (
     reduction_reaches,
     row_expression,
 )
-from memplan.codegen.triton_schedule import REDUCTIONS, Space
+from memplan.codegen.triton_schedule import Space
 from memplan.codegen.triton_values import Value
+from memplan.codegen.triton_views import REDUCTIONS
 from memplan.errors import UnsupportedError
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from memplan.codegen.triton_ops import register_dtype
-from memplan.codegen.triton_schedule import REDUCTIONS, Space, aten, reduced_dims
+from memplan.codegen.triton_schedule import Space
+from memplan.codegen.triton_views import REDUCTIONS, aten, reduced_dims
 
 FILL = {"sum": "0", "mean": "0", "max": 'float("-inf")', "min": 'float("inf")', "any": "0"}
 

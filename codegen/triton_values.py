@@ -14,16 +14,8 @@ from torch import fx
 from memplan.codegen.index import Bounds, Index, Linear, broadcast, offset
 from memplan.codegen.region import TensorType, placeholders, short_name, source_of
 from memplan.codegen.triton_ops import ARITHMETIC, COMPARISONS, DIVISIONS, NAMES, SUMS, literal, power, register_dtype
-from memplan.codegen.triton_schedule import (
-    COPIES,
-    REDUCTIONS,
-    Space,
-    aten,
-    operand_index,
-    reduced_count,
-    reduced_dims,
-    shape_of,
-)
+from memplan.codegen.triton_schedule import Space
+from memplan.codegen.triton_views import COPIES, REDUCTIONS, aten, operand_index, reduced_count, reduced_dims, shape_of
 from memplan.errors import UnsupportedError
 
 
