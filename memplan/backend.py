@@ -22,6 +22,7 @@ from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
 from memplan.passes.chunk import ChunkLoss
+from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.normalise import Normalise
 from memplan.passes.split import Split
@@ -38,7 +39,7 @@ log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
 _models = Models(Model)
-_REWRITES = (FuseAttention(), ChunkLoss())
+_REWRITES = (FuseAttention(), ChunkLoss(), ChunkMLP())
 
 
 def recent_plans() -> tuple[Planned, ...]:
@@ -95,7 +96,7 @@ def compile_with(
         return backend(graph_module, example_inputs), graph.planned
 
     rewrites = _REWRITES if options.fusion_enabled else ()
-    run, planned = compile_best(graph_module, rewrites, compile_graph, elsewhere.held)
+    run, planned = compile_best(graph_module, rewrites, compile_graph, elsewhere.held, options.objective == "peak")
     if planned is not None:
         remember(planned)
     return run, planned

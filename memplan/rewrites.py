@@ -23,14 +23,19 @@ class Rewrite(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def for_memory_alone(self) -> bool:
+        """Whether it can only slow down what need not save memory."""
+
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """A rewritten copy; None where nothing is to be rewritten."""
 
 
 def compile_best(
-    graph_module: fx.GraphModule, rewrites: Sequence[Rewrite], compile_graph: Compile, held: int
+    graph_module: fx.GraphModule, rewrites: Sequence[Rewrite], compile_graph: Compile, held: int, smallest: bool = False
 ) -> Compiled:
-    """Compile a graph as it is and rewritten; what fits the budget, then what is fastest, then what holds least.
+    """Compile a graph as it is and rewritten; what fits the budget, then what is fastest, then what holds least; with
+    ``smallest``, what holds least first.
 
     A rewrite is tried on top of those that were kept, under the bytes that the budget means for the graph as it is.
     ``held``: bytes that the rest of the model holds beside it. Raises BudgetInfeasibleError where nothing fits.
@@ -43,6 +48,8 @@ def compile_best(
         refused = error
     budget = _budget(best, refused, held)
     for rewrite in rewrites:
+        if rewrite.for_memory_alone and not smallest and best is not None and not _is_slowed(best[1]):
+            continue
         rewritten = rewrite.apply(graph_module)
         if rewritten is None:
             continue
@@ -52,7 +59,7 @@ def compile_best(
             if refused is not None and (error.smallest or 0) < (refused.smallest or 0):
                 graph_module, refused = rewritten, error
             continue
-        if best is None or _is_better(found[1], best[1]):
+        if best is None or _is_better(found[1], best[1], smallest):
             log.info("%s is kept", rewrite.name)
             graph_module, best = rewritten, found
     if best is None:
@@ -71,8 +78,14 @@ def _budget(best: Compiled | None, refused: BudgetInfeasibleError | None, held: 
     return planned.plan.budget + held
 
 
-def _is_better(new: Planned | None, old: Planned | None) -> bool:
+def _is_slowed(planned: Planned | None) -> bool:
+    """Whether the plan pays with time for its budget."""
+    return planned is not None and planned.plan.time > planned.plan.unplanned_time
+
+
+def _is_better(new: Planned | None, old: Planned | None, smallest: bool) -> bool:
     """Both keep the budget. An unplanned graph's memory is not limited: it never replaces a planned one."""
     if new is None or old is None:
         return old is None and new is not None
-    return (new.timeline.time, new.held) < (old.timeline.time, old.held)
+    order = -1 if smallest else 1
+    return (new.timeline.time, new.held)[::order] < (old.timeline.time, old.held)[::order]

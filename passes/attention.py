@@ -37,6 +37,7 @@ class FuseAttention:
     """
 
     name: ClassVar[str] = "fuse-attention"
+    for_memory_alone: ClassVar[bool] = False
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """The rewritten copy; None where nothing is to be rewritten."""

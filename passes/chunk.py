@@ -24,6 +24,7 @@ class ChunkLoss:
     """
 
     name: ClassVar[str] = "chunk-loss"
+    for_memory_alone: ClassVar[bool] = False
     rows: int = 256  # of a block: fewer make the products on a CPU core slower, 4 % at 128 and 20 % at 32
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
