@@ -10,6 +10,7 @@ from memplan.outcome import Limits, Status
 from memplan.plans import Plan
 from memplan.problem import Op, Problem
 from memplan.solvers.offload.bound import home_bound, least_time, offload_peak_bound, streamed, tightest
+from memplan.solvers.offload.late import fetched_late
 from memplan.solvers.offload.program import LARGEST, columns, decide
 from memplan.solvers.offload.search import Search
 from memplan.solvers.offload.start import comes_and_goes, realise
@@ -82,6 +83,7 @@ def _solve(problem: Problem, budget: int, limits: Limits, sequence: tuple[int, .
         except KeyboardInterrupt:
             search.say("interrupted: going on with the best plan so far")
     found, offloads = search.found()
+    offloads = fetched_late(problem, found, offloads, budget)
     peak, time = check_plan(problem, found, offloads)
     status = Status.INFEASIBLE if budget < floor else Status.TIMED_OUT if peak > budget else Status.FEASIBLE
     if status == Status.FEASIBLE and time <= bound * (1 + 1e-9):

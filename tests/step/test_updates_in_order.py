@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import accumulate
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,3 +78,17 @@ def test_beside_states_on_disk(sizes: list[int], share: float) -> None:
     plan = solve_offload(problem, max(offload_peak_bound(problem), int(share * peak)), limits=WORK, start=late)
     validate(problem, plan)
     assert {stay.buffer for stay in plan.offloads} >= set(problem.homed)
+
+
+def test_states_come_no_earlier_than_they_must() -> None:
+    """However much the budget leaves free."""
+    disk = Tier("disk", 10_000, write=64.0, read=64.0, latency=0.1)
+    problem = replace(chain([4] * 24, home="disk"), tiers=(disk,))
+    plan = solve_offload(problem, 10_000, limits=WORK)
+    validate(problem, plan)
+    assert plan.time <= 1.02 * problem.total_time
+    change = [0] * (len(plan.sequence) + 1)
+    for stay in plan.offloads:
+        change[stay.out_until] -= 1
+        change[stay.in_from] += stay.in_from < len(plan.sequence)
+    assert max(accumulate(change[1:], initial=24 + change[0])) <= 3
