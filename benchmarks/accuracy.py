@@ -1,8 +1,8 @@
 """How good is a prediction made without running the model: ``memplan analyze`` against the measured peak.
 
 ``python benchmarks/accuracy.py`` analyses every model of the zoo from shapes alone, measures its step under the malloc
-interposer, and takes the analysis's own time and memory; ``--configs`` adds published configurations that no small
-machine can run. Each analysis is a process of its own. Results: ``results/accuracy.json`` and the table beside it.
+interposer, and takes the analysis's own time and memory; ``--optimizers`` does so for whole steps of GPT-2 with each of
+the optimizers named, ``--configs`` predicts published configurations that no small machine can run. Each analysis is a process of its own. Results: ``results/accuracy.json`` and the table beside it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import torch
 import zoo
 from environment import environment
-from measure import HERE, Bench, Model, Record, Results
+from measure import HERE, Bench, Model, Record, Results, measured_apart
+from meter import Meter
 from rich.console import Console
 from tables import markdown, megabytes, percent
 from zoo.configs import CONFIGS
+from zoo.workload import Workload
 
-ANALYSIS = "analysis"
+ANALYSIS, INFERENCE = "analysis", "inference"
 
 
 def analyse(entry: str, arguments: Sequence[str]) -> Record:
@@ -56,14 +61,58 @@ def _path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
+def measured(source: str, way: str, optimizer: str) -> Record:
+    """Measured peak of a warm step of a model in this process: forward alone, or with backward, and with an update.
+
+    ``source``: an entry of zoo.entries or zoo.configs; ``way``: "eager" or "memplan" (without a budget); ``optimizer``:
+    "inference", "" for no update, or what --optimizer takes.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module, _, name = source.partition(":")
+    workload = Workload(*getattr(import_module(module), name)())
+    run = workload.model if way == "eager" else torch.compile(workload.model, backend="memplan")
+    update = _optimizer(optimizer, workload.model) if optimizer not in ("", "inference") else None
+
+    def step() -> None:
+        if optimizer == "inference":
+            with torch.no_grad():
+                run(**workload.inputs)
+            return
+        loss = run(**workload.inputs)
+        loss.backward()
+        if update is not None:
+            update.step()
+        workload.model.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step()
+    states = [v for s in update.state.values() for v in s.values()] if update else []
+    state = sum(v.untyped_storage().nbytes() for v in states if isinstance(v, torch.Tensor))
+    return {"peak": workload.resident_bytes() + state + Meter().measure(step).above, "state": state}
+
+
+def _optimizer(text: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """As ``memplan analyze --optimizer`` names it."""
+    name, _, form = text.partition(":")
+    forms = {"": {}, "for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[form]
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if name in kinds:
+        return kinds[name](model.parameters(), lr=1e-4, **forms)
+    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9 if name == "momentum" else 0.0, **forms)
+
+
 def run(bench: Bench, names: Sequence[str], size: str, dropout: bool) -> None:
-    """Predict and measure models of the zoo."""
+    """Predict and measure models of the zoo: training, with AdamW, and the forward alone."""
     for name in names:
         model = Model(name, size, dropout and zoo.MODELS[name].has_dropout)
-        variant = f"{name}_{size}" + "_dropout" * model.dropout
-        bench.keep(model, ANALYSIS, lambda entry=f"zoo.entries:{variant}": analyse(entry, ["--train"]))
+        entry = f"zoo.entries:{name}_{size}"
+        bench.keep(model, ANALYSIS, lambda e=entry + "_dropout" * model.dropout: analyse(e, ["--train"]))
         bench.record(model, "memplan")
         bench.record(model, "eager")
+        plain = Model(name, size)
+        _pair(bench, plain, entry, "adamw")
+        _pair(bench, plain, entry + "_inference", INFERENCE)
 
 
 def run_configs(bench: Bench, names: Sequence[str]) -> None:
@@ -71,30 +120,55 @@ def run_configs(bench: Bench, names: Sequence[str]) -> None:
     for name in names:
         model = Model(name, "published")
         bench.keep(model, "train", lambda n=name: analyse(f"zoo.configs:{n}", ["--train", "--optimizer", "adamw"]))
-        bench.keep(model, "inference", lambda n=name: analyse(f"zoo.configs:{n}_inference", ["--inference"]))
+        bench.keep(model, INFERENCE, lambda n=name: analyse(f"zoo.configs:{n}_inference", ["--inference"]))
+
+
+def run_optimizers(bench: Bench, optimizers: Sequence[str]) -> None:
+    """Predict and measure whole steps of GPT-2, 124 million parameters, with each optimizer."""
+    for optimizer in optimizers:
+        _pair(bench, Model("gpt2_short", "published"), "zoo.configs:gpt2_short", optimizer)
+
+
+def _pair(bench: Bench, model: Model, entry: str, kind: str) -> None:
+    """A prediction, and the measured peaks of eager and of memplan without a budget."""
+    given = ["--inference"] if kind == INFERENCE else ["--train", "--optimizer", kind]
+    bench.keep(model, kind, lambda: analyse(entry, given))
+    for way in ("memplan", "eager"):
+        bench.keep(model, f"{kind} {way}", lambda w=way: measured_apart(__file__, [entry, w, kind]))
 
 
 def table(data: Record) -> str:
     """One line a model: predicted, measured, and what the prediction cost."""
-    header = ("model", "step", "predicted MB", "measured MB", "difference", "eager MB", "analysis s", "CPU s", "MB")
+    header = (
+        "model",
+        "step",
+        "predicted MB",
+        "memplan MB",
+        "predicted / memplan",
+        "eager MB",
+        "predicted / eager",
+        "analysis s",
+        "CPU s",
+        "MB",
+    )
     return markdown(header, _lines(data["rows"])) + "\n"
 
 
 def _lines(rows: dict[str, dict[str, Record]]) -> Iterator[tuple[str, ...]]:
     for model, records in rows.items():
-        measured = records.get("memplan", {}).get("peak")
-        eager = records.get("eager", {}).get("peak")
         for step, found in records.items():
-            if step in ("memplan", "eager"):
+            if step.endswith(("memplan", "eager")):
                 continue
-            difference = found["peak"] / measured - 1 if measured and "peak" in found else None
+            prefix = "" if step == ANALYSIS else f"{step} "
+            memplan, eager = (records.get(f"{prefix}{way}", {}).get("peak") for way in ("memplan", "eager"))
             yield (
                 model,
                 "train" if step == ANALYSIS else step,
-                megabytes(found.get("peak")),
-                megabytes(measured),
-                percent(difference) if "failure" not in found else found["failure"],
+                megabytes(found.get("peak")) if "failure" not in found else found["failure"],
+                megabytes(memplan),
+                percent(found["peak"] / memplan - 1 if memplan and "peak" in found else None),
                 megabytes(eager),
+                percent(found["peak"] / eager - 1 if eager and "peak" in found else None),
                 f"{found['wall_s']:.1f}" if "wall_s" in found else "",
                 f"{found['cpu_s']:.1f}" if "cpu_s" in found else "",
                 megabytes(found.get("memory")),
@@ -107,13 +181,21 @@ def main() -> None:
     parser.add_argument("--size", default="bench", choices=["small", "bench"])
     parser.add_argument("--dropout", action="store_true", help="with dropout, where the model has it")
     parser.add_argument("--configs", nargs="*", default=[], choices=list(CONFIGS), metavar="CONFIG")
+    parser.add_argument(
+        "--optimizers", nargs="*", default=[], metavar="OPTIMIZER", help="whole steps of GPT-2 with these"
+    )
     parser.add_argument("--force", action="store_true", help="measure rows again that the results hold already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.worker:
+        print(json.dumps(measured(*given.worker)))
+        return
     results = Results(given.out, environment())
     with Bench(results, pairs=0, threads=1, force=given.force) as bench:
         run(bench, given.models, given.size, given.dropout)
         run_configs(bench, given.configs)
+        run_optimizers(bench, given.optimizers)
     written = table(results.data)
     given.out.with_suffix(".md").write_text(written)
     Console(width=200).print(written, markup=False)

@@ -144,8 +144,7 @@ class Analysis:
     @cached_property
     def at_peak(self) -> tuple[LiveBuffer, ...]:
         """The buffers alive at the peak, largest first."""
-        storages = (self.program.storages[s] for s in self.replay.alive(self.peak_step))
-        return tuple(LiveBuffer(s.name, s.size, str(s.category), s.module, s.source) for s in storages)
+        return alive(self.replay, self.peak_step)
 
     @cached_property
     def breakdown(self) -> dict[str, int]:
@@ -246,6 +245,12 @@ class Analysis:
         from memplan.report.html import notebook_html
 
         return notebook_html(self)
+
+
+def alive(replay: Timeline, at: int) -> tuple[LiveBuffer, ...]:
+    """The buffers held while step ``at`` runs, largest first."""
+    storages = (replay.program.storages[s] for s in replay.alive(at))
+    return tuple(LiveBuffer(s.name, s.size, str(s.category), s.module, s.source) for s in storages)
 
 
 def relative_source(source: str, here: str | None = None) -> str:

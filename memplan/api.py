@@ -11,22 +11,26 @@ from typing import Any
 import torch
 
 from memplan import torch_compat
-from memplan.analysis import Analysis, FrontierPoint
+from memplan.analysis import Analysis, FrontierPoint, alive
 from memplan.backend import compile_with
+from memplan.build_problem import TANGENTS, allocated
+from memplan.capture import is_tangent
+from memplan.cost.analytic import AnalyticCost
 from memplan.decisions import decisions_of
-from memplan.errors import BudgetInfeasibleError, InputError, OptionError
+from memplan.devices import DeviceProfile, profile_for
+from memplan.errors import BudgetInfeasibleError, InputError
+from memplan.optimizers import Optimizer, Trained, with_update
 from memplan.options import Options
 from memplan.outcome import Limits
 from memplan.passes.coverage import coverage
 from memplan.planner import Planned, realise, stored_plan
 from memplan.plans import Plan
 from memplan.problem import Category
-from memplan.program import Program, Storage
+from memplan.program import Program
+from memplan.simulate import simulate
+from memplan.units import parse_budget
 
 log = logging.getLogger("memplan")
-
-# Floats an optimizer keeps for every float of a parameter (torch.optim's own state, without amsgrad).
-OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 
 
 def plan(
@@ -64,12 +68,16 @@ def analyze(
 ) -> Analysis:
     """What one step holds and when, predicted from shapes alone.
 
-    ``optimizer``: one of OPTIMIZER_STATES, whose state is counted as resident; ``target``: a device profile to predict
-    for; ``memory_budget``: analyse the planned step beside the unplanned one; ``frontier_points``: plans for that many
-    budgets between the unplanned peak and the smallest feasible one; ``effort``: multiple of the solvers' default.
+    ``optimizer``: "sgd", "momentum", "adam" or "adamw", as torch.optim runs it by default on the device, or in a form
+    that is named ("adamw:for-loop", "adamw:foreach", "adamw:fused"): its state and its update are part of the step;
+    ``target``: a device profile to predict for; ``memory_budget``: analyse the planned step beside the unplanned one;
+    ``frontier_points``: plans for that many budgets between the unplanned peak and the smallest feasible one;
+    ``effort``: multiple of the solvers' default.
     """
-    states = _optimizer_states(optimizer) if training else 0
-    reserved = states * sum(p.numel() * p.element_size() for p in model.parameters())
+    profile = profile_for(target or "cpu")
+    update = None
+    if optimizer is not None and training:
+        update = _UpdateOf(model, Optimizer.parse(optimizer, profile.kind), profile)
     settings = Options.resolve(
         {
             "memory_budget": memory_budget,
@@ -77,29 +85,137 @@ def analyze(
             "runtime_estimator": "analytic",
             "solver_time_limit_s": time_limit,
             "placement.enabled": False,
-            "reserved": reserved,
+            "reserved": update.state_bytes if update else 0,
         }
         | ({} if effort is None else {"solver_work": effort})
     )
-    graphs = _trace(model, args, kwargs or {}, training, settings, progress)
+
+    def trace(settings: Options) -> list[Planned]:
+        return _trace(model, args, kwargs or {}, training, settings, progress)
+
+    refused: BudgetInfeasibleError | None = None
+    try:
+        graphs = trace(settings)
+    except BudgetInfeasibleError as error:
+        if update is None:
+            raise
+        refused, graphs = error, trace(settings.without_budget())
     main = _largest(graphs)
+    before = realise(main.built, stored_plan(main.problem), settings).lowered.program
+    step = _Step(before, update, update.trained(main) if update else ())
+    if memory_budget is not None:
+        step.check(memory_budget, refused)
     notes = (
         () if len(graphs) == 1 else (f"{len(graphs)} graphs (graph breaks); shown is the one with the largest peak",)
     )
     if memory_budget is not None:
         notes = (*notes, str(coverage(main.scheduled, main.problem, main.plan.budget)))
-    before = realise(main.built, stored_plan(main.problem), settings).lowered.program
-    shown = main.lowered.program if memory_budget is not None else before
+    planned, whole = None, step.before
+    if memory_budget is not None:
+        whole = step.of(main.lowered.program)
+        planned = replace(step.beside(main.plan), peak=simulate(whole).peak)
     return Analysis.of(
-        _with_optimizer(shown, states),
-        _beside(main.plan, reserved) if memory_budget is not None else None,
-        _with_optimizer(before, states) if memory_budget is not None else None,
+        whole,
+        planned,
+        step.before if memory_budget is not None else None,
         name=name,
         target=target or "cpu",
         decisions=decisions_of(main.problem, main.plan) if memory_budget is not None else (),
-        frontier=_frontier(main, frontier_points, settings, reserved, progress),
+        frontier=_frontier(main, frontier_points, settings, step, progress),
         notes=notes,
     )
+
+
+class _UpdateOf:
+    """An optimizer's update of a model's parameters on a device."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Optimizer, profile: DeviceProfile) -> None:
+        self.optimizer, self.profile = optimizer, profile
+        self._bandwidth = AnalyticCost(profile).bandwidth
+        self._rank = {p: k for k, p in enumerate(model.parameters())}
+        self._named = dict(model.named_parameters(remove_duplicate=False))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the optimizer keeps between steps, as the allocator rounds them."""
+        sizes = (
+            allocated(p.untyped_storage().nbytes(), "cpu", self.profile.granularity)
+            for p in self._rank
+            if p.requires_grad
+        )
+        return len(self.optimizer.states) * sum(sizes)
+
+    def trained(self, planned: Planned) -> tuple[Trained, ...]:
+        """The parameters of a joint graph that get a gradient, in the order in which the optimizer has them."""
+        capture, buffer_of = planned.built.capture, planned.built.buffer_of
+        primals = [n for n in capture.placeholders if not is_tangent(n)]
+        gradients = capture.outputs[capture.forward_outputs :]
+        found = []
+        for primal, given, gradient in zip(primals, capture.inputs, gradients, strict=False):
+            if given.category == Category.PARAMETER and isinstance(gradient, torch.fx.Node):
+                names = [planned.problem.buffers[buffer_of[n][0]].name for n in (primal, gradient)]
+                found.append((given.name, Trained(names[0], names[1], str(primal.meta["val"].dtype))))
+        last = len(self._rank)
+        found.sort(key=lambda one: self._rank[self._named[one[0]]] if one[0] in self._named else last)
+        return tuple(one for _, one in found)
+
+    def time(self, moved: int) -> float:
+        """Microseconds of a kernel that reads and writes so many bytes."""
+        return self.profile.launch + 1e6 * moved / self._bandwidth
+
+
+class _Step:
+    """The whole step around a graph's forward and backward: what its optimizer keeps, and its update."""
+
+    def __init__(self, before: Program, update: _UpdateOf | None, trained: tuple[Trained, ...]) -> None:
+        self._update, self._trained = update, trained
+        self._reserved = update.state_bytes if update else 0
+        self.before = self.of(before)
+        self.state = sum(self.before.storages[s].size for s in self.before.resident) - sum(
+            before.storages[s].size for s in before.resident
+        )
+        self.done = len(before.steps)  # forward and backward have ended
+        replayed = simulate(self.before)
+        self.update_peak = max(replayed.loads[self.done :], default=0)
+        self.update_time = sum(step.time for step in self.before.steps[self.done :])
+        self.peak = replayed.peak
+
+    def of(self, program: Program) -> Program:
+        """The Program with the update behind it."""
+        if self._update is None:
+            return program
+        kept = {one.gradient for one in self._trained}
+        handed = [s for step in program.steps if step.name == TANGENTS for s in step.makes]
+        gone = [s for s in handed if program.storages[s].name not in kept]
+        return with_update(program, self._update.optimizer, self._trained, gone, self._update.time)
+
+    def check(self, memory_budget: int | str, refused: BudgetInfeasibleError | None) -> None:
+        """Raise BudgetInfeasibleError where forward and backward were ``refused``, or the update holds more bytes."""
+        budget = parse_budget(memory_budget, self.peak)
+        if refused is None and self.update_peak <= budget:
+            return
+        smallest = bound = self.update_peak
+        if refused is not None:
+            smallest = max(smallest, (refused.smallest or 0) + self._reserved)
+            bound = max(bound, refused.bound + self.state)
+            if smallest > self.update_peak:
+                raise BudgetInfeasibleError(budget, smallest, bound, refused.tightest, refused.alive) from None
+        replayed = simulate(self.before)
+        at = replayed.loads.index(self.update_peak, self.done)
+        raise BudgetInfeasibleError(budget, smallest, bound, self.before.steps[at].name, alive(replayed, at)) from None
+
+    def beside(self, plan: Plan) -> Plan:
+        """The plan of forward and backward as a plan of the whole step."""
+        return replace(
+            plan,
+            budget=None if plan.budget is None else plan.budget + self._reserved,
+            peak=max(plan.peak + self.state, self.update_peak),
+            peak_bound=max(plan.peak_bound + self.state, self.update_peak),
+            unplanned_peak=self.peak,
+            time=plan.time + self.update_time,
+            bound=plan.bound + self.update_time,
+            unplanned_time=plan.unplanned_time + self.update_time,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,10 +283,9 @@ def _largest(graphs: Sequence[Planned]) -> Planned:
 
 
 def _frontier(
-    main: Planned, points: int, options: Options, reserved: int, progress: Callable[[str], None] | None
+    main: Planned, points: int, options: Options, step: _Step, progress: Callable[[str], None] | None
 ) -> tuple[FrontierPoint, ...]:
-    """Peak and time of plans from the unplanned peak down to the smallest feasible budget found, ``reserved`` bytes
-    included."""
+    """Peak and time of plans of the whole step, from the unplanned peak down to the smallest feasible budget found."""
     if points < 2:
         return ()
     from memplan.solvers.recompute import minimise_peak, solve_recompute
@@ -178,49 +293,19 @@ def _frontier(
     limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
     problem = main.problem
     highest = stored_plan(problem)
-    plans = [minimise_peak(problem, limits=limits)]
-    for k in range(1, points - 1):
-        budget = plans[0].peak + (highest.peak - plans[0].peak) * k // (points - 1)
-        found = solve_recompute(problem, budget, limits=limits, start=plans[-1].sequence)
-        if found.peak <= budget:
-            plans.append(found)
-    points_found = [_beside(p, reserved) for p in (*plans, highest)]
+    floor = step.update_peak - step.state  # below it no plan of forward and backward lowers the step's peak
+    plans = []
+    if floor < highest.peak:
+        plans.append(minimise_peak(problem, limits=limits))
+        if plans[0].peak < floor:
+            plans[0] = solve_recompute(problem, floor, limits=limits, start=plans[0].sequence)
+        for k in range(1, points - 1):
+            budget = plans[0].peak + (highest.peak - plans[0].peak) * k // (points - 1)
+            found = solve_recompute(problem, budget, limits=limits, start=plans[-1].sequence)
+            if found.peak <= budget:
+                plans.append(found)
+    points_found = [(p, step.beside(p)) for p in (*plans, highest)]
     return tuple(
-        FrontierPoint(p.budget or p.peak, p.peak, p.time, p.bound, p.status, decisions_of(problem, p))
-        for p in points_found
-    )
-
-
-def _beside(plan: Plan, reserved: int) -> Plan:
-    """The plan with bytes that are held beside the graph counted in."""
-    return replace(
-        plan,
-        budget=None if plan.budget is None else plan.budget + reserved,
-        peak=plan.peak + reserved,
-        peak_bound=plan.peak_bound + reserved,
-        unplanned_peak=plan.unplanned_peak + reserved,
-    )
-
-
-def _optimizer_states(optimizer: str | None) -> int:
-    if optimizer is None:
-        return 0
-    if optimizer not in OPTIMIZER_STATES:
-        raise OptionError(f"unknown optimizer {optimizer!r}; known are {', '.join(OPTIMIZER_STATES)}")
-    return OPTIMIZER_STATES[optimizer]
-
-
-def _with_optimizer(program: Program, states: int) -> Program:
-    """The Program with the optimizer's state of every parameter resident beside it."""
-    kept = [program.storages[s] for s in program.resident if program.storages[s].category == Category.PARAMETER]
-    extra = [
-        Storage(f"{p.name}.state{k}", p.size, Category.OPTIMIZER, p.module, p.source)
-        for p in kept
-        for k in range(states)
-    ]
-    first = len(program.storages)
-    return replace(
-        program,
-        storages=(*program.storages, *extra),
-        resident=(*program.resident, *range(first, first + len(extra))),
+        FrontierPoint(p.budget or p.peak, p.peak, p.time, p.bound, p.status, decisions_of(problem, own))
+        for own, p in points_found
     )

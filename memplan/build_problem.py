@@ -74,6 +74,12 @@ def build_problem(
     return _Builder(capture, cost, granularity, meanwhile, tiers).build()
 
 
+def allocated(size: int, device_type: str, granularity: int) -> int:
+    """Bytes that the allocator of a device takes for a storage of ``size`` bytes."""
+    rounded = -(-size // granularity) * granularity
+    return rounded + (_PAGE if device_type == "cpu" and size >= _MAPPED else 0)
+
+
 class _Builder:
     def __init__(
         self, capture: Capture, cost: CostModel, granularity: int, meanwhile: int, tiers: tuple[Tier, ...]
@@ -232,8 +238,7 @@ class _Builder:
             ]
             spanned = 1 + sum((n - 1) * step for n, step in dims)
             size = min(size, spanned * tensor.element_size()) if all(n for n, _ in dims) else 0
-        rounded = -(-size // self.granularity) * self.granularity
-        return rounded + (_PAGE if tensor.device.type == "cpu" and size >= _MAPPED else 0)
+        return allocated(size, tensor.device.type, self.granularity)
 
     def _phase(self, node: fx.Node) -> Phase:
         return node.meta.get(PHASE, Phase.BACKWARD if node in self.backward else Phase.FORWARD)

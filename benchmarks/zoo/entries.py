@@ -1,4 +1,5 @@
-"""The zoo as entries of ``memplan analyze``: ``zoo.entries:gpt2_bench``, ``zoo.entries:gpt2_small_dropout``."""
+"""The zoo as entries of ``memplan analyze``: ``zoo.entries:gpt2_bench``, ``zoo.entries:gpt2_small_dropout``, and for the
+forward alone ``zoo.entries:gpt2_bench_inference``."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ import zoo
 
 def __getattr__(name: str) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
     model, _, variant = name.partition("_")
-    size, _, dropout = variant.partition("_")
-    if model not in zoo.MODELS or size not in ("small", "bench") or dropout not in ("", "dropout"):
-        raise AttributeError(f"no entry {name!r}; an entry is MODEL_SIZE or MODEL_SIZE_dropout")
+    size, _, mode = variant.partition("_")
+    if model not in zoo.MODELS or size not in ("small", "bench") or mode not in ("", "dropout", "inference"):
+        raise AttributeError(f"no entry {name!r}; an entry is MODEL_SIZE, MODEL_SIZE_dropout or MODEL_SIZE_inference")
 
     def entry() -> tuple[nn.Module, dict[str, Any]]:
-        workload = zoo.build(model, size, bool(dropout))
-        return workload.model, workload.inputs
+        workload = zoo.build(model, size, mode == "dropout")
+        return workload.model.train(mode != "inference"), workload.inputs
 
     return entry

@@ -43,7 +43,13 @@ Inputs = Annotated[
     ),
 ]
 Train = Annotated[bool, typer.Option("--train/--inference", help="A training step, or the forward alone.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, adam, momentum or sgd: count its state (with --train).")]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(
+        help="adamw, adam, momentum or sgd: count its state and its update (with --train), as torch.optim runs it by "
+        "default on the device, or as named: adamw:for-loop, adamw:foreach, adamw:fused.",
+    ),
+]
 Target = Annotated[
     str | None, typer.Option(help="Device to plan for: a profile of `memplan targets` or a profile file.")
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.analysis import Analysis
 from memplan.decisions import Decision
+from memplan.problem import Phase
 from memplan.units import format_bytes
 
 _VERB = {"recompute": "recomputing", "offload": "moving away"}
@@ -78,6 +79,12 @@ def outlook(analysis: Analysis) -> tuple[str, ...]:
         doing = f": {_summary(point.decisions)}" if point.decisions else ""
         said.append(f"Peak {format_bytes(point.peak)}{least} for {share(point.time - whole, whole)} more time{doing}.")
     held = analysis.breakdown
+    program, at = analysis.program, analysis.peak_step
+    if program.steps and program.steps[at].phase == Phase.OPTIMIZER and held.get("temporary"):
+        said.append(
+            f"The optimizer's update is the peak, {format_bytes(held['temporary'])} of it temporaries: fused=True makes "
+            "none, foreach=False those of one parameter at a time."
+        )
     largest = max(held, key=lambda c: held[c], default="")
     if largest in ("parameter", "optimizer") and 2 * held[largest] > analysis.peak_bytes:
         said.append(
