@@ -16,6 +16,7 @@ _HOME = {
     "compile_step": "memplan.step",
     "analyze": "memplan.api",
     "recent_plans": "memplan.backend",
+    "record": "memplan.record",
     "stream_weights": "memplan.stream",
     "enable_inductor": "memplan.inductor",
     "MemplanError": "memplan.errors",
@@ -34,6 +35,7 @@ __all__ = [
     "enable_inductor",
     "plan",
     "recent_plans",
+    "record",
     "stream_weights",
 ]
 

@@ -89,6 +89,7 @@ class Analysis:
     decisions: tuple[Decision, ...] = ()  # what the plan does, what frees most first
     frontier: tuple[FrontierPoint, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader must know, e.g. what was not counted
+    measured: tuple[tuple[float, int], ...] = ()  # of a step that ran: (microseconds since it began, bytes held)
 
     @classmethod
     def of(
@@ -102,6 +103,7 @@ class Analysis:
         decisions: tuple[Decision, ...] = (),
         frontier: tuple[FrontierPoint, ...] = (),
         notes: tuple[str, ...] = (),
+        measured: tuple[tuple[float, int], ...] = (),
     ) -> Analysis:
         """The analysis of a Program, stamped with the versions of this environment.
 
@@ -110,7 +112,7 @@ class Analysis:
         """
         planned = _with_relative_sources(program)
         before = _with_relative_sources(unplanned) if unplanned else None
-        return cls(planned, plan, before, name, target, environment(), decisions, frontier, notes)
+        return cls(planned, plan, before, name, target, environment(), decisions, frontier, notes, measured)
 
     # What is held
 
@@ -121,6 +123,11 @@ class Analysis:
     @property
     def peak_bytes(self) -> int:
         return self.replay.peak
+
+    @property
+    def measured_peak_bytes(self) -> int | None:
+        """The most bytes that a step held when it ran; None for one that did not."""
+        return max((held for _, held in self.measured), default=None)
 
     @property
     def peak_step(self) -> int:
@@ -190,6 +197,8 @@ class Analysis:
             "decisions": [asdict(d) for d in self.decisions],
             "frontier": [asdict(p) for p in self.frontier],
             "notes": list(self.notes),
+            "measured_peak_bytes": self.measured_peak_bytes,
+            "measured": [list(point) for point in self.measured],
             "plan": json.loads(self.plan.to_json()) if self.plan else None,
             "program": json.loads(self.program.to_json()),
             "unplanned": json.loads(self.unplanned.to_json()) if self.unplanned else None,
@@ -219,6 +228,7 @@ class Analysis:
                     for p in data["frontier"]
                 ),
                 notes=tuple(data["notes"]),
+                measured=tuple((start, held) for start, held in data.get("measured", ())),
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"this analysis file lacks or misspells a part: {error}") from error

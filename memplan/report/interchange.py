@@ -139,12 +139,19 @@ def frames(storage: Storage, step: Step | None) -> list[dict[str, object]]:
 
 
 def chrome_trace(analysis: Analysis) -> str:
-    """Trace events: counter tracks of bytes by category, planned and unplanned, and a slice for every kernel."""
+    """Trace events: counter tracks of bytes by category, planned and unplanned, and a slice for every kernel; of a step
+    that ran, a counter track of what the allocator held."""
     events: list[dict[str, object]] = [_named(1, "memplan: planned" if analysis.unplanned else "memplan")]
     events += _track(analysis.program, 1)
     if analysis.unplanned:
         events += [_named(2, "memplan: without a plan"), *_track(analysis.unplanned, 2)]
-    other = {"peak_bytes": analysis.peak_bytes, "name": analysis.name, "target": analysis.target}
+    if analysis.measured:
+        events.append(_named(3, "memplan: measured"))
+        at = {"ph": "C", "name": "bytes held", "cat": "memory", "pid": 3, "tid": 1}
+        events += [at | {"ts": start, "args": {"measured": held}} for start, held in analysis.measured]
+    other: dict[str, object] = {"peak_bytes": analysis.peak_bytes, "name": analysis.name, "target": analysis.target}
+    if analysis.measured:
+        other["measured_peak_bytes"] = analysis.measured_peak_bytes
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}) + "\n"
 
 

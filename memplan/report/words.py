@@ -37,6 +37,8 @@ def headline(analysis: Analysis) -> str:
             f" Without a plan: {format_bytes(analysis.unplanned_peak_bytes)}; "
             f"the plan adds {share(analysis.time - analysis.unplanned_time, analysis.unplanned_time)} time."
         )
+    if analysis.measured_peak_bytes is not None:
+        text += f" Measured: {format_bytes(analysis.measured_peak_bytes)}."
     return text
 
 
