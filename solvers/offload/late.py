@@ -14,7 +14,7 @@ from memplan.validate import check_plan
 SLACK = (
     2.0  # transfers are given so many times what they should take: disks reached half of their measured rate at worst
 )
-SHARE = 0.08  # of what changes at home, the most on the device at one instant; with what has no home, below a tenth
+SHARE = 0.06  # of what changes at home, the most on the device at one instant: 6.2 % of GPT-2's AdamW state with what stays there
 MAY_COST = 1.01  # slowdown of the plan that keeping the share may cost
 
 
