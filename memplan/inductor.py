@@ -67,8 +67,9 @@ def enable_inductor(memory_budget: int | str | None = None, **options: Any) -> E
     """Plan what ``torch.compile`` compiles with Inductor from now on: a call, or a context manager.
 
     ``memory_budget`` in bytes, as text ("24GiB") or as a share of the unplanned peak ("60%"); ``options`` are those of
-    the ``memplan`` backend, dotted ones as ``**{"recompute.enabled": False}``. Regions, their lowering and the arena
-    are Inductor's business here: fusion.enabled, lowering and placement.enabled change nothing.
+    the ``memplan`` backend, dotted ones as ``**{"recompute.enabled": False}``. Regions, their lowering, reuse in place
+    and the arena are Inductor's business here: fusion.enabled, lowering, reuse.enabled and placement.enabled change
+    nothing.
 
     Raises OptionError. The compiled call raises BudgetInfeasibleError. Once compiled, one step is measured; where
     Inductor's own choices took it over the budget it is planned anew, twice at most, and then a warning says by how much.
@@ -131,5 +132,6 @@ class Partition:
     def _plan(self, capture: Capture) -> Planned:
         profile = profile_for(self.options.target or device_type(capture))
         cost = cost_model(self.options.runtime_estimator, profile)
-        options = replace(self.options, fusion_enabled=False, placement_enabled=False, swap_enabled=False)
+        unused = {"fusion_enabled": False, "placement_enabled": False, "reuse_enabled": False, "swap_enabled": False}
+        options = replace(self.options, **unused)  # type: ignore[arg-type]
         return plan_capture(capture, options, cost, profile.granularity, self.elsewhere)

@@ -11,6 +11,7 @@ from memplan import torch_compat
 from memplan.build_problem import BUFFER, OP, RECOMPUTE, TANGENTS, view_source
 from memplan.capture import input_nodes, is_getitem, is_tangent, tensors
 from memplan.passes.offload import MOVE
+from memplan.passes.reuse import overwritten
 from memplan.problem import Buffer, Category, Phase, Problem
 from memplan.program import Program, Step, StepKind, Storage
 
@@ -110,7 +111,7 @@ class _Lowering:
             key = torch_compat.storage_key(tensor)
             if key in seen:
                 continue
-            source = view_source(node)
+            source = overwritten(node) or view_source(node)
             if key in known:
                 seen[key] = known[key]
             elif source is not None:

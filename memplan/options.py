@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from memplan.errors import OptionError
 from memplan.units import parse_budget, parse_bytes
 
-GROUPS = ("fusion", "placement", "recompute", "swap", "trace")
+GROUPS = ("fusion", "placement", "recompute", "reuse", "swap", "trace")
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "min-peak": {"objective": "peak"},
@@ -40,6 +40,7 @@ class Options:
     swap_directory: str | None = None  # of the disk tier's file; None: the system's directory for temporary files
     swap_disk_limit: int | str | None = None  # bytes; None: what is free there
     swap_host_limit: int | str | None = None  # bytes; None: what is free
+    reuse_enabled: bool = True  # results over operands that die there, where the peak falls by it; the same bits
     placement_enabled: bool = False  # one allocation for a step's memory, at planned offsets
     fusion_enabled: bool = False  # contract pointwise ops and reductions into compiled regions
     lowering: str | None = None  # of a region: "triton", "inductor" or "eager"; None: the fastest for the device

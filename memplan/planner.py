@@ -21,10 +21,12 @@ from memplan.options import Options
 from memplan.outcome import Limits, Status
 from memplan.passes.fuse import Fuse, Fused
 from memplan.passes.offload import Offload, stores
+from memplan.passes.reuse import Reuse
 from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout, place
 from memplan.plans import Plan
 from memplan.problem import Problem
+from memplan.program import StepKind
 from memplan.runtime.tiers import Store
 from memplan.simulate import Timeline, simulate
 from memplan.trace import SILENT, Trace
@@ -121,6 +123,8 @@ def plan_capture(
     elif options.fusion_enabled:
         planned = _fused(planned, wanted, options, limits)
         trace.graph("fused", planned.scheduled.graph_module)
+    if options.reuse_enabled and not plan.offloads and not _has_symbolic_sizes(capture):
+        planned = _reused(planned)
     trace.data("program", planned.lowered.program)
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)
@@ -167,6 +171,8 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
         candidate = realise(planned.built, plan, options)
         if planned.fused is not None:
             candidate = _contracted(candidate, Fuse(budget, options.lowering))
+        if options.reuse_enabled and not plan.offloads:
+            candidate = _reused(candidate)
     log.info("no arena: beside what the caller holds it would not fit the budget")
     return replace(planned, budget=budget)
 
@@ -200,6 +206,17 @@ def _contracted(planned: Planned, fuse: Fuse) -> Planned:
     fused = fuse.apply(planned.scheduled, planned.problem)
     lowered = lower(fused.scheduled.graph_module, fused.problem, fused.scheduled.forward_nodes)
     return replace(planned, scheduled=fused.scheduled, lowered=lowered, timeline=simulate(lowered.program), fused=fused)
+
+
+def _reused(planned: Planned) -> Planned:
+    """The plan with kernels that write over operands which die there, where the peak falls by it."""
+    steps = zip(planned.lowered.program.steps, planned.lowered.bindings, planned.timeline.loads, strict=True)
+    loads = [(binding.node, load) for step, binding, load in steps if step.kind != StepKind.FREE]
+    scheduled = planned.scheduled
+    if not Reuse(loads).apply(scheduled, planned.lowered_problem):
+        return planned
+    lowered = lower(scheduled.graph_module, planned.lowered_problem, scheduled.forward_nodes)
+    return replace(planned, lowered=lowered, timeline=simulate(lowered.program))
 
 
 def _layout(lowered: Lowered) -> Layout:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
-from memplan.capture import input_nodes
+from memplan import torch_compat
+from memplan.build_problem import view_source
+from memplan.capture import input_nodes, is_getitem, tensors
 
 
 def resolve(node: fx.Node, now: Mapping[fx.Node, fx.Node], emit: Callable[[fx.Node], object]) -> fx.Node:
@@ -25,3 +27,21 @@ def resolve(node: fx.Node, now: Mapping[fx.Node, fx.Node], emit: Callable[[fx.No
         if top not in now:
             emit(top)
     return now[node]
+
+
+def holders(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node those that hold the storages of its value first: itself, where it makes or brings them."""
+    behind: dict[fx.Node, dict[int, fx.Node]] = {}
+    for node in nodes:
+        known = {k: holder for a in input_nodes(node) for k, holder in behind[a].items()}
+        source = view_source(node)
+        seen = behind[node] = {}
+        for tensor in tensors(node.meta.get("val")):
+            key = torch_compat.storage_key(tensor)
+            if key in known and not (is_getitem(node) and known[key] is node.args[0]):
+                seen[key] = known[key]
+            elif source is not None:
+                seen[key] = next(iter(behind[source].values()))
+            else:
+                seen[key] = node
+    return {node: tuple(dict.fromkeys(seen.values())) for node, seen in behind.items()}

@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from memplan import torch_compat
-from memplan.build_problem import BUFFER, OP, RECOMPUTE, TANGENTS, BuiltProblem, view_source
-from memplan.capture import input_nodes, is_getitem, tensors
+from memplan.build_problem import BUFFER, OP, RECOMPUTE, TANGENTS, BuiltProblem
+from memplan.capture import input_nodes, is_getitem
 from memplan.errors import UnsupportedError
 from memplan.outcome import Limits
-from memplan.passes.copying import resolve
+from memplan.passes.copying import holders, resolve
 from memplan.passes.schedule import Scheduled
 from memplan.plans import Offload as Stay
 from memplan.program import StepKind
@@ -274,21 +273,9 @@ def _is_kernel(node: fx.Node) -> bool:
 
 def _aliases(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
     """For each node that holds a storage first, the other nodes whose values look at it."""
-    behind: dict[fx.Node, dict[int, fx.Node]] = {}
     found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node in nodes:
-        known = {k: holder for a in input_nodes(node) for k, holder in behind[a].items()}
-        source = view_source(node)
-        seen = behind[node] = {}
-        for tensor in tensors(node.meta.get("val")):
-            key = torch_compat.storage_key(tensor)
-            if key in known and not (is_getitem(node) and known[key] is node.args[0]):
-                seen[key] = known[key]
-            elif source is not None:
-                seen[key] = next(iter(behind[source].values()))
-            else:
-                seen[key] = node
-        for holder in dict.fromkeys(seen.values()):
+    for node, held in holders(nodes).items():
+        for holder in held:
             if holder is not node:
                 found[holder].append(node)
     return found
