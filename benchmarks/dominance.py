@@ -128,9 +128,9 @@ def _costs(models: dict[str, dict[str, Record]]) -> Iterator[tuple[str, str, str
 def predictions(models: dict[str, dict[str, Record]]) -> Iterator[tuple[str, str, float, float, float | None]]:
     """Model, row, predicted by measured peak, predicted time by the unplanned plan's, the same measured."""
     for model, rows in models.items():
-        own = time_ratio(rows.get("memplan", {}))
         for name, record in rows.items():
             if "plan" in record and "peak" in record:
+                own = time_ratio(rows.get(name.partition("@")[0], {}))
                 plan, measured = record["plan"], time_ratio(record)
                 told = plan["time"] / plan["unplanned_time"] if plan["unplanned_time"] else 1.0
                 yield model, name, plan["peak"] / record["peak"], told, measured / own if measured and own else None

@@ -36,10 +36,13 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str:
     here = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+
+    # Results are what a run writes: they do not make the code another one.
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    return (git("describe", "--always", "--abbrev=10") + "-dirty" * bool(changes)) or "unknown"
 
 
 def _processor() -> str:

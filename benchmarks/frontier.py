@@ -18,10 +18,10 @@ from dominance import report
 from environment import environment
 from measure import HERE, OUT, Bench, Model, Results
 from rich.console import Console
-from rivals import hand_made, stock_budgets
+from rivals import OURS, hand_made, stock_budgets
 
 SHARES = (75, 50, 35, 25)  # percent of the unplanned peak; the typical cost is stated at these
-SMALLEST = "memplan@smallest"
+SMALLEST = "smallest"
 RIVALS = {
     "hand": tuple(map(str, hand_made())),
     "stock": tuple(map(str, stock_budgets())),
@@ -31,11 +31,12 @@ RIVALS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: models, rivals by name, and at how many budgets memplan stands."""
+    """What to measure: models, rivals by name, and at how many budgets memplan stands in which of its ways."""
 
     models: tuple[Model, ...]
     rivals: tuple[str, ...]
     budgets: int
+    lowerings: tuple[str, ...]
 
 
 def run(bench: Bench, plan: Plan) -> None:
@@ -51,18 +52,21 @@ def run(bench: Bench, plan: Plan) -> None:
         smallest = bench.record(model, "memplan@1", "memplan@1", 1).get("infeasible", {}).get("smallest")
         if smallest is None:
             continue
-        for key, budget in budgets(unplanned["peak"], smallest, plan.budgets).items():
-            bench.record(model, key, f"memplan@{budget}", budget)
+        for lowering in plan.lowerings:
+            if lowering == "memplan-fused":
+                bench.record(model, lowering)
+            for name, budget in budgets(unplanned["peak"], smallest, plan.budgets).items():
+                bench.record(model, f"{lowering}@{name}", f"{lowering}@{budget}", budget)
 
 
 def budgets(unplanned: int, smallest: int, count: int) -> dict[str, int]:
-    """At most ``count`` points with the unplanned one, by key: the smallest, the usual shares, and geometric steps between."""
-    found = {f"memplan@{share}%": unplanned * share // 100 for share in SHARES}
-    found = {key: budget for key, budget in found.items() if budget > smallest}
+    """At most ``count`` points with the unplanned one, by name: the smallest, the usual shares, and geometric steps between."""
+    found = {f"{share}%": unplanned * share // 100 for share in SHARES}
+    found = {name: budget for name, budget in found.items() if budget > smallest}
     steps = count - 2 - len(found)
     for k in range(1, steps + 1):
         budget = round(unplanned * (smallest / unplanned) ** (k / (steps + 1)))
-        found[f"memplan@{100 * budget / unplanned:.1f}%"] = budget
+        found[f"{100 * budget / unplanned:.1f}%"] = budget
     return found | {SMALLEST: smallest}
 
 
@@ -78,6 +82,7 @@ def main() -> None:
         default=12,
         help="points of memplan, unplanned and smallest included; 0 measures rivals alone",
     )
+    parser.add_argument("--lowerings", nargs="+", default=list(OURS), choices=OURS, help="of memplan's points")
     parser.add_argument("--sizes", nargs="+", default=["bench"], choices=["small", "bench"])
     parser.add_argument("--dropout", action="store_true", help="the variants with dropout as well")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast as well")
@@ -102,7 +107,7 @@ def main() -> None:
     results = Results(path, environment())
     if not given.report:
         with Bench(results, given.pairs, given.threads, given.force) as bench:
-            run(bench, Plan(selected(given), chosen(given.rivals), given.budgets))
+            run(bench, Plan(selected(given), chosen(given.rivals), given.budgets, tuple(given.lowerings)))
     text = report(results.data)
     path.with_name("frontier.md").write_text(text)
     plot.frontier(results.data, path.with_name("frontier.svg"))

@@ -27,6 +27,8 @@ _STYLES = {
     "inductor+sac": ("tab:cyan", "^"),
     "aot_eager": ("tab:green", "o"),
     "aot_eager_decomp_partition": ("tab:olive", "o"),
+    "memplan-inductor": ("tab:pink", "o"),
+    "memplan-fused": ("tab:orange", "o"),
     "memplan": ("tab:red", "o"),
 }
 
@@ -56,7 +58,7 @@ def _panel(panel: Axes, model: str, measured: list[Point]) -> None:
     eager = next((point.peak for point in measured if point.name == "eager"), max(point.peak for point in measured))
     for family, (colour, mark) in _STYLES.items():
         line = [(point.peak / eager, point.time) for point in measured if point.family == family]
-        ours = family == "memplan"
+        ours = family.startswith("memplan")
         if ours:
             line.sort()  # measured in no order; the rivals' points follow their budget, so a curve may turn back
         if line:

@@ -3,6 +3,8 @@
 A name is ``engine[+checkpoint][@budget]``: ``eager``, ``eager+blocks``, ``inductor+sac``, ``aot_eager@0.5``,
 ``memplan@75%``, ``memplan@120000000``. For PyTorch's engines the budget is ``activation_memory_budget`` (a share of the
 bytes saved for backward); for memplan it is ``memory_budget`` (bytes held at any instant, or a share of its unplanned peak).
+memplan has three ways to make kernels: ``memplan`` calls PyTorch's own, ``memplan-fused`` its fused regions,
+``memplan-inductor`` is ``torch.compile`` under ``memplan.enable_inductor``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from zoo import Workload
 
-ENGINES = ("eager", "inductor", "aot_eager", "aot_eager_decomp_partition", "memplan")
+import memplan
+
+OURS = ("memplan", "memplan-fused", "memplan-inductor")
+ENGINES = ("eager", "inductor", "aot_eager", "aot_eager_decomp_partition", *OURS)
 CHECKPOINTS = ("blocks", "pairs", "sac")
 STOCK_BUDGETS = ("1", "0.75", "0.5", "0.25", "0.1", "0.05", "0")
 
@@ -75,16 +80,23 @@ def prepare(contender: Contender, workload: Workload, dropout: bool) -> Callable
         _checkpoint_chains(workload, contender.checkpoint)
     if contender.engine == "eager":
         return workload.model
-    if contender.engine == "memplan":
-        options: dict[str, Any] | None = (
-            {"memory_budget": _memory_budget(contender.budget)} if contender.budget else None
-        )
-        return torch.compile(workload.model, backend="memplan", options=options)
-    if contender.budget:
-        torch._functorch.config.activation_memory_budget = float(contender.budget)
     # Inductor's own random numbers differ from eager's; with them no gradient could be compared.
     torch._inductor.config.fallback_random = dropout
+    if contender.engine in OURS:
+        return _planned(contender, workload.model)
+    if contender.budget:
+        torch._functorch.config.activation_memory_budget = float(contender.budget)
     return torch.compile(workload.model, backend=contender.engine)
+
+
+def _planned(contender: Contender, model: nn.Module) -> Callable[..., Tensor]:
+    options: dict[str, Any] = {"memory_budget": _memory_budget(contender.budget)} if contender.budget else {}
+    if contender.engine == "memplan-inductor":
+        memplan.enable_inductor(**options)
+        return torch.compile(model)
+    if contender.engine == "memplan-fused":
+        options["fusion.enabled"] = True
+    return torch.compile(model, backend="memplan", options=options or None)
 
 
 def _memory_budget(text: str) -> str | int:

@@ -59,8 +59,8 @@ def test_wrong_gradients_show_in_a_point():
 
 def test_budgets_run_from_unplanned_to_smallest():
     found = budgets(1000, 300, 12)
-    assert found["memplan@smallest"] == 300
-    assert "memplan@25%" not in found and found["memplan@35%"] == 350
+    assert found["smallest"] == 300
+    assert "25%" not in found and found["35%"] == 350
     assert len(found) == 11 and all(300 <= budget < 1000 for budget in found.values())
 
 
