@@ -25,7 +25,9 @@ class ChunkLoss:
 
     name: ClassVar[str] = "chunk-loss"
     for_memory_alone: ClassVar[bool] = False
-    rows: int = 256  # of a block: fewer make the products on a CPU core slower, 4 % at 128 and 20 % at 32
+    rows: int = 256  # of a block at most: fewer make the products on a CPU core slower, 4 % at 128 and 20 % at 32
+    least_rows: int = 64
+    blocks: int = 4  # at least, where each then has the least rows: a quarter of the logits
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """The rewritten copy; None where nothing is to be rewritten."""
@@ -51,7 +53,8 @@ class ChunkLoss:
         value, classes = value_of(logits), value_of(target)
         if not plain or made is None or value is None or classes is None or value.dim() != 2 or classes.dim() != 1:
             return False
-        if value.shape[0] <= self.rows:
+        rows = min(self.rows, max(self.least_rows, value.shape[0] // self.blocks))
+        if value.shape[0] <= rows:
             return False
         chain = _back_to_linear(logits, value.shape[1])
         if chain is None:
@@ -63,7 +66,7 @@ class ChunkLoss:
         for step in slices:
             hidden = insert(graph, loss, operator.getitem, (hidden, step.args[1]))
         ignored = argument(loss, 4, "ignore_index", -100)
-        args = (hidden, weight, bias, target, ignored, mean == "mean", self.rows, computed.dtype, made.dtype)
+        args = (hidden, weight, bias, target, ignored, mean == "mean", rows, computed.dtype, made.dtype)
         loss.replace_all_uses_with(insert(graph, loss, loss_of_rows, args))
         graph.erase_node(loss)
         return True

@@ -111,6 +111,14 @@ def test_few_rows_are_left_alone():
     assert _rewritten(shifted, *_inputs(), rows=64) is None
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(65, 64), (400, 100), (4000, 256)])
+def test_blocks_are_a_quarter_of_the_logits_where_they_are_large_enough(tokens, rows):
+    module = _rewritten(as_a_module, *_inputs(1, tokens), rows=256)
+    assert module is not None
+    loss = next(n for n in module.graph.nodes if n.target is loss_of_rows)
+    assert loss.args[6] == rows
+
+
 @settings(max_examples=25)
 @given(
     rows=st.integers(1, 9),

@@ -1,0 +1,183 @@
+"""What fusion does to a step on the CPU: its time, what of it products leave to be saved, and the smallest budget.
+
+``python benchmarks/fusion.py steps --models gpt resnet`` times unfused memplan, fused memplan and Inductor, without a
+budget and under one, in one process a model and in turns; time is the processor's. ``products`` is the share of the
+unfused step that matrix products, convolutions and attention take: the ratio that free kernels for all else would reach.
+``same_bits``: whether the gradients with a budget are those without one, bit for bit.
+
+``python benchmarks/fusion.py smallest`` predicts the smallest peak of a step as it is, with regions, and with the
+rewrites of attention, loss and MLPs as well, over shapes alone: no kernel is compiled, the regions' own workspace is
+not counted. Both write their rows into ``results/fusion.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from environment import environment
+from measure import HERE
+from torch.profiler import ProfilerActivity, profile
+
+from memplan.backend import compile_with, recent_plans
+from memplan.lower import lower
+from memplan.options import Options
+from memplan.passes.attention import FuseAttention
+from memplan.passes.chunk import ChunkLoss
+from memplan.passes.chunk_mlp import ChunkMLP
+from memplan.passes.fuse import Fuse
+from memplan.planner import Planned
+from memplan.simulate import simulate
+
+Record = dict[str, Any]
+TRANSFORMERS = ("gpt", "gpt2", "bert", "llama", "t5", "vit")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "conv", "scaled_dot_product")
+
+
+def contenders(budget: str) -> dict[str, Record]:
+    """Arguments of torch.compile by name."""
+    fused, bounded = {"fusion.enabled": True}, {"memory_budget": budget}
+    return {
+        "unfused": {"backend": "memplan"},
+        "fused": {"backend": "memplan", "options": fused},
+        "inductor": {"backend": "inductor"},
+        f"unfused@{budget}": {"backend": "memplan", "options": bounded},
+        f"fused@{budget}": {"backend": "memplan", "options": fused | bounded},
+    }
+
+
+def steps(model: str, size: str, budget: str, repetitions: int) -> Record:
+    """Times of one model's step; runs in a process of its own."""
+    torch.set_num_threads(1)
+    workload = zoo.build(model, size)  # type: ignore[arg-type]
+    run: dict[str, Callable[[], None]] = {}
+    rows: dict[str, Record] = {}
+    gradients: dict[str, list[Any]] = {}
+    for name, how in contenders(budget).items():
+        torch._dynamo.reset()
+        compiled = torch.compile(workload.model, **how)
+
+        def step(compiled: Callable[..., torch.Tensor] = compiled) -> None:
+            workload.model.zero_grad(set_to_none=True)
+            compiled(**workload.inputs).backward()
+
+        run[name], rows[name] = step, {"first_step_s": _seconds(step), "cpu_s": []}
+        gradients[name] = [p.grad for p in workload.model.parameters()]
+        if name != "inductor":
+            planned = recent_plans()[-1]
+            rows[name] |= {"held": planned.held, "regions": len(planned.fused.calls) if planned.fused else 0}
+        step()
+    for _ in range(repetitions):
+        for name, step in run.items():
+            rows[name]["cpu_s"].append(_seconds(step))
+    ratios = {
+        "fused/unfused": _ratio(rows, "fused", "unfused"),
+        f"fused/unfused@{budget}": _ratio(rows, f"fused@{budget}", f"unfused@{budget}"),
+        "unfused/inductor": _ratio(rows, "unfused", "inductor"),
+        "fused/inductor": _ratio(rows, "fused", "inductor"),
+    }
+    same = {n: _equal(gradients[n], gradients[f"{n}@{budget}"]) for n in ("unfused", "fused")}
+    return {"size": size, "products": _products(run["unfused"]), "ratios": ratios, "same_bits": same, "rows": rows}
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def _ratio(rows: dict[str, Record], name: str, base: str) -> float:
+    pairs = zip(rows[name]["cpu_s"], rows[base]["cpu_s"], strict=True)
+    return statistics.median(own / other for own, other in pairs)
+
+
+def _equal(some: list[Any], others: list[Any]) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def _products(step: Callable[[], None]) -> float:
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    times = [(event.key, event.self_cpu_time_total) for event in found.key_averages()]
+    return sum(t for key, t in times if any(p in key for p in _PRODUCTS)) / sum(t for _, t in times)
+
+
+def smallest(model: str, size: str) -> Record:
+    """Predicted bytes: ``unfused``, ``regions`` of the same graph, ``rewritten`` and with regions."""
+    peaks: Record = {}
+
+    def backend(graph_module: Any, inputs: Any) -> Any:
+        run, planned = _least(graph_module, inputs)
+        peaks.update(resident=planned.problem.resident_bytes, unfused=planned.plan.peak, regions=_contracted(planned))
+        best = min(planned.plan.peak, peaks["regions"])
+        kept = []
+        for rewrite in (FuseAttention(), ChunkLoss(), ChunkMLP()):
+            rewritten = rewrite.apply(graph_module)
+            if rewritten is not None and (peak := _contracted(_least(rewritten, inputs)[1])) < best:
+                graph_module, best = rewritten, peak
+                kept.append(rewrite.name)
+        peaks.update(rewritten=best, kept=kept)
+        return run
+
+    torch._dynamo.reset()
+    workload = zoo.build(model, size)  # type: ignore[arg-type]
+    torch.compile(workload.model, backend=backend)(**workload.inputs)
+    return peaks
+
+
+def _least(graph_module: Any, inputs: Any) -> tuple[Callable[..., Any], Planned]:
+    settings = Options.resolve({"runtime_estimator": "analytic", "objective": "peak"})
+    run, planned = compile_with(graph_module, inputs, settings)
+    assert planned is not None
+    return run, planned
+
+
+def _contracted(planned: Planned) -> int:
+    fused = Fuse(measured=False).apply(planned.scheduled, planned.problem)
+    lowered = lower(fused.scheduled.graph_module, fused.problem, fused.scheduled.forward_nodes)
+    return simulate(lowered.program).peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["steps", "smallest"])
+    parser.add_argument("--models", nargs="+", choices=list(zoo.MODELS), metavar="MODEL")
+    parser.add_argument("--size", choices=["small", "bench"])
+    parser.add_argument("--budget", default="50%")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "fusion.json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    size = given.size or ("bench" if given.what == "steps" else "small")
+    models = given.models or (("gpt", "resnet") if given.what == "steps" else TRANSFORMERS)
+    if given.worker:
+        row = (
+            steps(models[0], size, given.budget, given.repetitions)
+            if given.what == "steps"
+            else smallest(*models, size)
+        )
+        print(json.dumps(row))
+        return
+    report = json.loads(given.out.read_text()) if given.out.exists() else {"steps": {}, "smallest": {}}
+    for model in models:
+        arguments = ["--worker", "--models", model, "--size", size, "--budget", given.budget]
+        command = [sys.executable, __file__, given.what, *arguments, "--repetitions", str(given.repetitions)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        report[given.what][model] = row | {"environment": environment()}
+        given.out.write_text(json.dumps(report, indent=1) + "\n")
+        shown = {k: v for k, v in row.items() if k != "rows"}
+        print(model, json.dumps(shown))
+
+
+if __name__ == "__main__":
+    main()
