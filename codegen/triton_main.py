@@ -76,11 +76,8 @@ class MainKernel:
             self.writer.forget_wide()
 
     def _r_axis(self, start: str) -> list[str]:
-        lines = [
-            f"r = {start} + tl.arange(0, {self.tile.r})[None, :]"
-            if start
-            else f"r = tl.arange(0, {self.tile.r})[None, :]"
-        ]
+        lanes = f"tl.arange(0, {self.tile.r})[None, :]" + (".to(tl.int64)" if _needs_int64(self.region) else "")
+        lines = [f"r = {start} + {lanes}" if start else f"r = {lanes}"]
         return [*lines, f"r_in = r < {self.columns}"] if self.writer.mask_r else lines
 
     def _x_axis(self, program: str) -> list[str]:

@@ -20,7 +20,7 @@ from memplan.codegen.triton_model import H100, choose, occupancy, plans, registe
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from regions import LARGE, ZOO, region_of
+from regions import LARGE, ZOO, Arg, region_of
 
 GOLDENS = HERE / "goldens"
 NAMES = list(ZOO)
@@ -116,3 +116,10 @@ def test_the_fastest_tile_is_remembered(tmp_path: Path, monkeypatch: pytest.Monk
     last = found[-1].tile
     assert tuned(region, lambda plan: 0.0 if plan.tile == last else 1.0).tile == last
     assert tuned(region, lambda plan: pytest.fail("measured again")).tile == last
+
+
+def test_offsets_past_32_bits_are_wide_on_both_axes() -> None:
+    region = region_of(lambda x: x.t().contiguous(), (Arg((50_000, 60_000)),))
+    axes = [line.strip() for line in choose(region).source.splitlines() if line.strip().startswith(("x = ", "r = "))]
+    assert {line[0] for line in axes} == {"x", "r"}
+    assert all("tl.int64" in line for line in axes)
