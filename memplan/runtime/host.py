@@ -61,9 +61,9 @@ class Copy:
 
     def __init__(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream, after: list[Any]) -> None:
         """``after``: events that come first, beside all that the current stream was given."""
-        self._device = stream.device
+        self._compute = torch.cuda.current_stream(stream.device)  # what the GPU's tensor was allocated on
         ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
+        ready.record(self._compute)
         with torch.cuda.stream(stream):
             for event in (ready, *after):
                 stream.wait_event(event)
@@ -74,13 +74,15 @@ class Copy:
 
     def wait(self) -> float:
         """Let the compute stream wait; the CPU goes on."""
-        torch.cuda.current_stream(self._device).wait_event(self.event)
+        torch.cuda.current_stream(self._compute.device).wait_event(self.event)
         self._held = None
         return 0.0
 
     def __del__(self) -> None:
         if getattr(self, "_held", None) is not None:  # nobody waited: what is reused later comes after the copy
-            self.wait()
+            self._compute.wait_event(
+                self.event
+            )  # whatever stream is current in the thread that drops the last reference
 
 
 def copy_out(pool: PinnedPool, memory: torch.Tensor, tensor: torch.Tensor, span: Span) -> Copy:
