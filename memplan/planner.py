@@ -257,15 +257,14 @@ def solve(problem: Problem, budget: int | None, options: Options, limits: Limits
     if ordered.peak <= budget:
         return replace(ordered, status=Status.OPTIMAL)
     recompute = options.recompute_enabled
-    if problem.tiers and options.swap_enabled:
-        plan = solve_offload(problem, budget, limits=limits, start=ordered.sequence, recompute=recompute)
-    elif recompute:
-        plan = solve_recompute(problem, budget, limits=limits, start=ordered.sequence)
-    else:
-        plan = replace(ordered, budget=None)
+    if not problem.tiers or not options.swap_enabled:
+        if not recompute:
+            return replace(ordered, budget=None)
+        # That of a refusal is the lowest for any budget, so that the smallest feasible one it names is always kept.
+        return solve_recompute(problem, budget, limits=limits, start=ordered.sequence)
+    plan = solve_offload(problem, budget, limits=limits, start=ordered.sequence, recompute=recompute)
     if plan.peak <= budget or not recompute:
         return plan
-    # From a start that the budget has no part in: the smallest feasible budget an error names is then always feasible.
     lowest = minimise_peak(problem, limits=limits, start=ordered.sequence)
     if lowest.peak <= budget:
         return replace(lowest, budget=budget)

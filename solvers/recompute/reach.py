@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from memplan.problem import Problem
 
-WORK = 10_000_000  # pairs of a set of held buffers and an op that all games together may look at; about 2 s
+WORK = 2_000_000  # pairs of a set of held buffers and an op that all games together may look at; about 0.5 s
 HALVINGS = 8  # of the interval between the bound and the peak: to 0.4 % of it
 LARGEST = 400  # buffers in a game
 
 
-def reach_bound(problem: Problem, floor: int, peak: int) -> int:
+def reach_bound(problem: Problem, floor: int, peak: int, work: int = WORK) -> int:
     """The largest bound on any sequence's peak that the games prove, between a known bound and a known peak."""
-    if floor >= peak or proves_infeasible(problem, peak - 1):
+    if floor >= peak or proves_infeasible(problem, peak - 1, work):
         return peak
     low, high = floor, peak - 1
     for _ in range(HALVINGS):
         middle = (low + high) // 2
-        if low < high and proves_infeasible(problem, middle, WORK // 4):
+        if low < high and proves_infeasible(problem, middle, work // 4):
             low = middle + 1
         else:
             high = middle

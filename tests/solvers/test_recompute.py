@@ -20,6 +20,8 @@ from memplan.graph_files import load_graph
 from memplan.outcome import Limits, Status
 from memplan.problem import Buffer, Op, Phase, Problem
 from memplan.solvers.recompute import frontier, minimise_peak, peak_bound, recompute_bound, solve_recompute
+from memplan.solvers.recompute.arrays import pack
+from memplan.solvers.recompute.evict import RULES, Rule, evicting
 from memplan.solvers.recompute.exact import LARGEST, solve_exact
 from memplan.solvers.recompute.orderless import any_order_bound
 from memplan.solvers.recompute.presence import presence, refine, tightest
@@ -234,6 +236,38 @@ def test_smallest_peak_is_no_larger_than_the_stored_order() -> None:
     plan = minimise_peak(problem, limits=SHORT)
     validate(problem, plan)
     assert peak_bound(problem) <= plan.peak < plan.unplanned_peak
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10_000), below=st.integers(1, 30))
+def test_no_budget_below_the_smallest_peak_is_kept(seed: int, below: int) -> None:
+    """What a refusal names as the smallest is what can be kept, for every budget that is asked."""
+    problem = random_problem(seed)
+    low = minimise_peak(problem, limits=SHORT)
+    validate(problem, low)
+    refused = solve_recompute(problem, low.peak - below, limits=SHORT)
+    assert refused.status not in FOUND and refused.peak == low.peak
+    for budget in (low.peak, low.peak + below):
+        plan = solve_recompute(problem, budget, limits=SHORT)
+        validate(problem, plan)
+        assert plan.status in FOUND
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.3, 1.0), rule=st.sampled_from(RULES))
+def test_eviction_keeps_the_room_it_was_given(seed: int, share: float, rule: Rule) -> None:
+    problem = random_problem(seed)
+    room = int(share * stored_peak(problem)) - problem.resident_bytes
+    sequence, _ = evicting(pack(problem), tuple(range(len(problem.ops))), room, rule)
+    if sequence is not None:
+        assert check_sequence(problem, sequence)[0] <= room + problem.resident_bytes
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_eviction_keeps_a_chain_of_a_hundred_in_a_tenth_of_its_memory(rule: Rule) -> None:
+    problem = training_chain(100)
+    sequence, _ = evicting(pack(problem), tuple(range(200)), stored_peak(problem) // 10, rule)
+    assert sequence is not None and len(sequence) < 400, "about one more forward"
 
 
 @pytest.mark.parametrize("seed", (1, 2, 4))

@@ -1,0 +1,201 @@
+"""Sequences that keep a budget by eviction: what is missing is made again, what is in the way is let go.
+
+First runs stand in a given order. Before a run that does not fit, the held buffer with the least score goes: cost of
+making it again over its bytes and the distance to its next use. Dynamic tensor rematerialization (Kirisame et al., ICLR
+2021, section 3) with the future known, as Belady's rule has it. In milliseconds it comes as low as annealing does in
+tens of seconds; how fast its sequences are is left to what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from memplan.solvers.compiled import compiled
+from memplan.solvers.recompute.arrays import (
+    BUFFERS,
+    COUNT,
+    IS_HELD,
+    IS_OUTPUT,
+    ONCE,
+    OPS,
+    READ_ROW,
+    READER_ROW,
+    READERS,
+    READS,
+    SIZE,
+    WORKSPACE,
+    WRITE_ROW,
+    WRITER,
+    WRITES,
+    Graph,
+    Ints,
+)
+
+
+class Rule(NamedTuple):
+    """Exponents of the score cost^a / (bytes^b · distance^c); ``below``: share of the cost of what was made from a buffer
+    and is gone, which making it again would need."""
+
+    cost: float
+    size: float
+    distance: float
+    below: float
+
+
+# The first comes lowest on most graphs; each of the others does so on one of the public or captured ones.
+RULES = (
+    Rule(0.5, 1.0, 1.0, 0.0),
+    Rule(0.5, 1.0, 0.5, 1.0),
+    Rule(1.0, 1.0, 1.0, 1.0),
+    Rule(1.0, 0.5, 0.5, 0.0),
+    Rule(0.5, 0.5, 1.0, 0.0),
+)
+LONGEST = 4  # sequences with so many runs an op are given up: a budget that is too small recomputes without end
+NEVER = 1e18
+IMPOSSIBLE = 1e30
+
+
+# Rows of the scratch table of integers (per buffer but RAN, per op, and STACK, of ops).
+HERE, LOCKED, RAN, STACK, POSITION = 0, 1, 2, 3, 4
+WORK = 5  # one entry: how often all buffers were looked at
+# ... and of numbers, per buffer: when it is needed next; time to make it again; time of what is gone and made from it.
+NEXT, COST, BELOW = 0, 1, 2
+WANTED = 3  # when something made from it is needed next, gone or not
+
+
+@compiled
+def _look_ahead(g, duration, order, w, x):
+    """Fill ``x``: next uses and costs of all buffers as things stand."""
+    n = g[COUNT, OPS]
+    w[WORK, 0] += 1
+    for b in range(g[COUNT, BUFFERS]):
+        x[NEXT, b] = NEVER
+        x[COST, b] = x[BELOW, b] = 0.0
+        if g[WRITER, b] >= 0:
+            for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
+                if w[RAN, g[READERS, j]] == 0:
+                    x[NEXT, b] = min(x[NEXT, b], w[POSITION, g[READERS, j]])
+        x[WANTED, b] = x[NEXT, b]
+    for at in range(n - 1, -1, -1):  # what is gone and needed again needs what it is made from
+        i = order[at]
+        if w[RAN, i] == 0 or g[ONCE, i] == 1:
+            continue
+        when, lost, wanted = NEVER, 0.0, NEVER
+        for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+            b = g[WRITES, k]
+            wanted = min(wanted, x[WANTED, b])
+            if w[HERE, b] == 0 and x[NEXT, b] < NEVER:
+                when = min(when, x[NEXT, b])
+                lost += x[BELOW, b]
+        for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+            b = g[READS, k]
+            x[WANTED, b] = min(x[WANTED, b], wanted)
+            if when < NEVER:
+                x[NEXT, b] = min(x[NEXT, b], when)
+                x[BELOW, b] += lost + duration[i]
+    for at in range(n):
+        i = order[at]
+        if w[RAN, i] == 1:
+            cost = IMPOSSIBLE if g[ONCE, i] == 1 else duration[i]
+            for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+                if w[HERE, g[READS, k]] == 0:
+                    cost += x[COST, g[READS, k]]
+            for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+                x[COST, g[WRITES, k]] = min(cost, IMPOSSIBLE)
+
+
+@compiled
+def _victim(g, rule, w, x, now, running):
+    """The held buffer that may go at the least score; -1 where there is none."""
+    best, least = -1, np.inf
+    for b in range(g[COUNT, BUFFERS]):
+        if w[HERE, b] == 0 or w[LOCKED, b] > 0 or g[SIZE, b] == 0 or g[WRITER, b] == running:
+            continue
+        if g[IS_OUTPUT, b] == 1 or g[IS_HELD, b] == 1:
+            continue
+        if x[NEXT, b] >= NEVER and (g[ONCE, g[WRITER, b]] == 0 or x[WANTED, b] >= NEVER):
+            return b
+        if x[COST, b] >= IMPOSSIBLE:
+            continue
+        cost = (x[COST, b] + rule[3] * x[BELOW, b]) ** rule[0]
+        score = cost / (g[SIZE, b] ** rule[1] * max(1.0, x[NEXT, b] - now) ** rule[2])
+        if score < least:
+            best, least = b, score
+    return best
+
+
+@compiled
+def _make_room(g, duration, order, rule, w, x, now, i, held, room):
+    """Let buffers go until op i can run; bytes held then, -1 where nothing more may go."""
+    need = g[WORKSPACE, i]
+    for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+        if w[HERE, g[WRITES, k]] == 0:
+            need += g[SIZE, g[WRITES, k]]
+    if held + need > room:
+        _look_ahead(g, duration, order, w, x)
+    while held + need > room:
+        b = _victim(g, rule, w, x, now, i)
+        if b < 0:
+            return -1
+        w[HERE, b] = 0
+        held -= g[SIZE, b]
+    return held
+
+
+@compiled
+def _lock(g, w, i, by):
+    for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+        w[LOCKED, g[READS, k]] += by
+
+
+@compiled
+def _evicting(g, duration, order, rule, room, w, x, sequence):
+    """Fill ``sequence`` with runs that hold at most ``room`` bytes; how many, or -1 where there is no way on."""
+    held, length = 0, 0
+    for now in range(g[COUNT, OPS]):
+        w[STACK, 0] = order[now]
+        _lock(g, w, order[now], 1)
+        depth = 1
+        while depth > 0:  # an op waits on the stack until its operands have been made again
+            i = w[STACK, depth - 1]
+            missing = -1
+            for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+                if w[HERE, g[READS, k]] == 0:
+                    missing = g[WRITER, g[READS, k]]
+                    break
+            if missing >= 0:
+                if g[ONCE, missing] == 1 or depth == g[COUNT, OPS]:
+                    return -1
+                w[STACK, depth] = missing
+                _lock(g, w, missing, 1)
+                depth += 1
+                continue
+            held = _make_room(g, duration, order, rule, w, x, now, i, held, room)
+            if held < 0 or length == len(sequence):
+                return -1
+            depth -= 1
+            _lock(g, w, i, -1)
+            sequence[length] = i
+            length += 1
+            w[RAN, i] = 1
+            for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+                held += g[SIZE, g[WRITES, k]] * (1 - w[HERE, g[WRITES, k]])
+                w[HERE, g[WRITES, k]] = 1
+    return length
+
+
+def evicting(graph: Graph, order: Sequence[int], room: int, rule: Rule) -> tuple[tuple[int, ...] | None, int]:
+    """A sequence with first runs in ``order`` that holds at most ``room`` bytes beyond the resident ones, None where the
+    rule finds none; and the work done: how many ops were looked at."""
+    n, buffers = len(graph.time), int(graph.table[COUNT, BUFFERS])
+    first = np.array(order, np.int64)
+    w = np.zeros((6, max(buffers, n, 1)), np.int64)
+    w[POSITION, first] = np.arange(n)
+    sequence: Ints = np.zeros(LONGEST * n, np.int64)
+    x = np.zeros((4, max(1, buffers)))
+    length = _evicting(graph.table, graph.time, first, np.array(rule), room, w, x, sequence)
+    work = n * (1 + int(w[WORK, 0]))
+    return (None if length < 0 else tuple(int(i) for i in sequence[:length])), work
