@@ -79,10 +79,9 @@ class Copy:
         return 0.0
 
     def __del__(self) -> None:
-        if getattr(self, "_held", None) is not None:  # nobody waited: what is reused later comes after the copy
-            self._compute.wait_event(
-                self.event
-            )  # whatever stream is current in the thread that drops the last reference
+        # Nobody waited: what is reused later comes after the copy, whichever thread drops the last reference.
+        if getattr(self, "_held", None) is not None:
+            self._compute.wait_event(self.event)
 
 
 def copy_out(pool: PinnedPool, memory: torch.Tensor, tensor: torch.Tensor, span: Span) -> Copy:
