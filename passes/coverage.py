@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from memplan.build_problem import TANGENTS
 from memplan.codegen.ops import is_fusible
 from memplan.passes.fuse import Fuse
+from memplan.passes.reuse import REUSE
 from memplan.passes.runs import RunGraph
 from memplan.passes.schedule import Scheduled
 from memplan.problem import Problem
@@ -52,8 +53,13 @@ class Coverage:
 
 def coverage(scheduled: Scheduled, problem: Problem, limit: int | None = None) -> Coverage:
     """Of the regions that the fusion solver chooses for a scheduled graph, whose load may reach ``limit`` bytes."""
-    graph = RunGraph(scheduled, problem, is_fusible, Fuse.launch_bytes)
+    graph = RunGraph(scheduled, problem, _may_fuse, Fuse.launch_bytes)
     return measure(graph, solve_fusion(graph.problem, limit))
+
+
+def _may_fuse(node: fx.Node) -> bool:
+    """What writes over its operand could as well be in a region."""
+    return REUSE in node.meta or is_fusible(node)
 
 
 def measure(graph: RunGraph, plan: FusionPlan) -> Coverage:
