@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 def steps(model: str, size: str, budget: str | None, arena: bool) -> tuple[Callable[[], None], Any, zoo.Workload]:
-    """(one step that leaves no gradients, its plan, the workload), compiled and warm."""
+    """(one step that leaves no gradients, its plans, the workload), compiled and warm."""
     from memplan.backend import recent_plans
 
     torch._dynamo.reset()
@@ -44,6 +44,26 @@ def steps(model: str, size: str, budget: str | None, arena: bool) -> tuple[Calla
     return step, recent_plans()[before:], workload
 
 
+def with_update(step: Callable[[], None], workload: zoo.Workload) -> int:
+    """Peak bytes above what a process holds between steps, AdamW's update after the backward included; what an arena
+    keeps while the update takes its temporaries counts."""
+    from memplan.runtime.arena import release_idle
+
+    optimizer = torch.optim.AdamW(workload.model.parameters(), lr=0.0)
+    zero_grad, workload.model.zero_grad = workload.model.zero_grad, lambda set_to_none=True: None  # type: ignore[assignment]
+
+    def whole() -> None:
+        step()
+        optimizer.step()
+        zero_grad(set_to_none=True)
+
+    whole()
+    release_idle()
+    above = Meter().measure(whole).above
+    workload.model.zero_grad = zero_grad  # type: ignore[method-assign]
+    return above
+
+
 def once(step: Callable[[], None]) -> tuple[float, int]:
     """(processor seconds, minor page faults) of one step."""
     faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
@@ -56,13 +76,14 @@ def row(model: str, size: str, budget: str | None, repetitions: int) -> Record:
     from memplan.runtime.arena import Pool, release_idle
 
     torch.set_num_threads(1)
-    plain, _, _ = steps(model, size, budget, arena=False)
+    plain, _, bare = steps(model, size, budget, arena=False)
     led, plans, workload = steps(model, size, budget, arena=True)
     plan = max(plans, key=lambda planned: planned.plan.peak)
     pool = next((p for p in Pool.all() if p.program is plan.lowered.program), None)
     pairs = [(once(plain), once(led)) for _ in range(repetitions)]
     release_idle()
     peak = workload.resident_bytes() + Meter().measure(led).above
+    whole = [with_update(step, of) for step, of in ((plain, bare), (led, workload))]
     record: Record = {
         "graphs": len(plans),
         "budget": plan.plan.budget,
@@ -71,6 +92,7 @@ def row(model: str, size: str, budget: str | None, repetitions: int) -> Record:
         "time_ratio": statistics.median(b[0] / a[0] for a, b in pairs),
         "faults_without": statistics.median(a[1] for a, _ in pairs),
         "faults": statistics.median(b[1] for _, b in pairs),
+        "peak_with_update": whole,
         "pairs": [[a[0], b[0]] for a, b in pairs],
     }
     if pool is not None:
@@ -81,17 +103,18 @@ def row(model: str, size: str, budget: str | None, repetitions: int) -> Record:
 
 
 def table(rows: dict[str, Record]) -> str:
-    lines = ["| model @ budget | arena | height / load | time with / without | faults a step | measured / budget |"]
-    lines.append("|---|---|---|---|---|---|")
+    columns = ("model @ budget", "arena", "height / load", "time with / without", "faults a step", "measured / budget")
+    lines = ["| " + " | ".join((*columns, "peak MB of step and AdamW")) + " |", "|---|---|---|---|---|---|---|"]
     for name, r in rows.items():
         if "failure" in r:
-            lines.append(f"| {name} | {r['failure']} | | | | |")
+            lines.append(f"| {name} | {r['failure']} | | | | | |")
             continue
         height = f"{r['height'] / r['load']:.4f}" if r.get("load") else ""
         faults = f"{r['faults_without']:.0f} → {r['faults']:.0f}"
         share = f"{r['measured'] / r['budget']:.4f}" if r["budget"] else ""
+        update = " → ".join(f"{peak / 1e6:.1f}" for peak in r.get("peak_with_update", ()))
         on = "on" if r.get("arena") else "off"
-        lines.append(f"| {name} | {on} | {height} | {r['time_ratio']:.3f} | {faults} | {share} |")
+        lines.append(f"| {name} | {on} | {height} | {r['time_ratio']:.3f} | {faults} | {share} | {update} |")
     return "\n".join(lines) + "\n"
 
 
