@@ -200,8 +200,8 @@ class Analysis:
             "measured_peak_bytes": self.measured_peak_bytes,
             "measured": [list(point) for point in self.measured],
             "plan": json.loads(self.plan.to_json()) if self.plan else None,
-            "program": json.loads(self.program.to_json()),
-            "unplanned": json.loads(self.unplanned.to_json()) if self.unplanned else None,
+            "program": self.program.to_dict(),
+            "unplanned": self.unplanned.to_dict() if self.unplanned else None,
         }
 
     def to_json(self) -> str:

@@ -91,6 +91,25 @@ def fake_inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any
     return [t if isinstance(t, FakeTensor) else given for t, given in zip(traced, inputs, strict=False)]
 
 
+def breaks(graph_module: fx.GraphModule) -> bool:
+    """Whether dynamo ended this graph before its frame returned, so that others follow."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return reason is None or bool(reason.graph_break)
+
+
+def fake_results(graph_module: fx.GraphModule) -> Any:
+    """New tensors shaped as the results of one of dynamo's graphs, in the ambient fake mode; nothing is computed."""
+
+    def shaped(node: fx.Node) -> Any:
+        value = node.meta["example_value"]
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape, strides = ([size_hint(n) for n in part] for part in (value.shape, value.stride()))
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+    return fx.node.map_arg(next(reversed(graph_module.graph.nodes)).args[0], shaped)
+
+
 def many_recompiles() -> Any:
     """Tracing is not bounded by dynamo's limit on recompilations of one function."""
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -204,7 +207,7 @@ def analyse(
     from memplan.cli.solve import progress
 
     tell(f"memplan: executing {entry} (tensors get shapes, no memory)")
-    with progress("analysing") as say:
+    with progress("analysing") as say, _no_collections():
         loaded = load_entry(entry, inputs or ())
         from memplan import api
 
@@ -222,6 +225,19 @@ def analyse(
             name=entry,
             progress=say,
         )
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No cyclic garbage is looked for meanwhile: a trace keeps nearly all it makes, and every look walks through it (a
+    ninth of the time on Llama-3-8B, for 50 MB)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def print_analysis(analysis: Analysis, fmt: Format, depth: int, why: bool, limit: int | None) -> None:

@@ -1,0 +1,47 @@
+"""What is traced without running is what runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn
+
+from memplan import api
+from memplan.backend import recent_plans
+from memplan.options import Options
+from memplan.planner import realise, stored_plan
+from memplan.program import Program
+
+
+class Net(nn.Module):
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.broken = nn.Linear(16, 48), nn.BatchNorm1d(48), nn.Linear(48, 8), broken
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.norm(self.first(x))
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.last(hidden.relu()).square().mean(), hidden.detach()
+
+
+def without_sources(program: Program) -> Program:
+    return replace(program, storages=tuple(replace(s, source="") for s in program.storages))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "inference"])
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+def test_an_analysis_is_of_the_program_that_a_compiled_step_would_run(broken, training):
+    torch._dynamo.reset()
+    model, x = Net(broken), torch.randn(64, 16)
+    before = len(recent_plans())
+    with torch.set_grad_enabled(training):
+        torch.compile(model, backend="memplan", options={"runtime_estimator": "analytic"})(x)
+    ran = max(recent_plans()[before:], key=lambda planned: planned.plan.peak)
+    program = realise(ran.built, stored_plan(ran.problem), Options()).lowered.program
+    analysis = api.analyze(model, (x,), training=training)
+    assert without_sources(analysis.program) == without_sources(program)
+    assert bool(analysis.notes) == broken
