@@ -37,7 +37,8 @@ class Head(nn.Module):
         self.out = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.out(self.blocks(x)).flatten(0, 1), y.flatten())
+        logits = self.out(self.blocks(x)).flatten(0, 1)
+        return F.nll_loss(F.log_softmax(logits, -1), y.flatten())  # cross_entropy would run over blocks of tokens
 
 
 class Convolutions(nn.Module):
