@@ -63,7 +63,6 @@ def steps(model: str, size: str, budget: str, repetitions: int) -> Record:
     rows: dict[str, Record] = {}
     gradients: dict[str, list[Any]] = {}
     for name, how in contenders(budget).items():
-        torch._dynamo.reset()
         compiled = torch.compile(workload.model, **how)
 
         def step(compiled: Callable[..., torch.Tensor] = compiled) -> None:
@@ -167,12 +166,12 @@ def main() -> None:
         )
         print(json.dumps(row))
         return
-    report = json.loads(given.out.read_text()) if given.out.exists() else {"steps": {}, "smallest": {}}
     for model in models:
         arguments = ["--worker", "--models", model, "--size", size, "--budget", given.budget]
         command = [sys.executable, __file__, given.what, *arguments, "--repetitions", str(given.repetitions)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
+        report = json.loads(given.out.read_text()) if given.out.exists() else {"steps": {}, "smallest": {}}
         report[given.what][model] = row | {"environment": environment()}
         given.out.write_text(json.dumps(report, indent=1) + "\n")
         shown = {k: v for k, v in row.items() if k != "rows"}
