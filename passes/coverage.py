@@ -81,7 +81,7 @@ def measure(graph: RunGraph, plan: FusionPlan) -> Coverage:
             fused += moved
         else:
             kind = left_out if run.domain < 0 else apart if index in companions else single
-            kind[str(op)] += moved
+            kind[str(op) if isinstance(op, torch._ops.OpOverload) else op.__name__] += moved
     total = fused + single.total() + apart.total() + left_out.total()
     ranked = (dict(kind.most_common()) for kind in (single, apart, left_out))
     return Coverage(len(plan.regions), total, fused, *ranked)
