@@ -30,6 +30,7 @@ BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
 EXACT = 1e-6  # of the added time: the tolerance to which HiGHS keeps constraints, so a bound this close is met
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
+WORTHWHILE = 0.01  # of the time: below such a gap restarts found nothing on graphs that leave little of the order free
 # Where another order alone brings the peak below this share of the stored order's, plans keep little of the stored order,
 # and of its programs only so many are solved: dense random graphs take up to 8 s for one.
 FREE, FEW = 0.98, 2
@@ -131,11 +132,12 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
         search.round(relaxed.sequence, room, *(COLD if small else BRIEF))
     # A plan faster than the bound for the stored order has another order, and that bound says nothing about it.
     if not fixed * (1 - 1e-9) <= search.best.time[0] <= fixed * (1 + CLOSE):
-        again = (WIDE,) * RESTARTS if small else (HOT,)
-        search.beside(
-            lambda: search.rounds(start or stored, room, again), lambda: twin.rounds(start or stored, room, again)
-        )
-        search.adopt(twin)
+        if free or search.best.time[0] > fixed * (1 + WORTHWHILE):
+            again = (WIDE,) * RESTARTS if small else (HOT,)
+            search.beside(
+                lambda: search.rounds(start or stored, room, again), lambda: twin.rounds(start or stored, room, again)
+            )
+            search.adopt(twin)
         search.round(search.fastest() or ordered, room, *COLD)
     loose = any_order_bound(problem, budget, float(search.best.time[0]), search.deadline)
     search.say(f"no plan in any order is faster than {loose:.6g}")
