@@ -192,7 +192,9 @@ def environment_warnings(base: Analysis, head: Analysis) -> tuple[str, ...]:
 
 def read_config(start: Path) -> tuple[ModelConfig, ...]:
     """The models of the pyproject.toml in or above ``start`` (a folder) or of the file given. Raises OptionError."""
-    file = start if start.is_file() else next((f / "pyproject.toml" for f in _upwards(start)), start)
+    file = start if start.is_file() else next((f / "pyproject.toml" for f in _upwards(start)), None)
+    if file is None:
+        raise OptionError(f"there is no pyproject.toml in or above {start.resolve()}")
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -247,6 +249,6 @@ def read_analyses(path: Path) -> dict[str, Analysis]:
         models = read_schema(text, "analyses")["models"]
         return {name: Analysis.from_json(json.dumps(data)) for name, data in models.items()}
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except (InputError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: {error}") from error

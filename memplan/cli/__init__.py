@@ -60,6 +60,8 @@ def run(arguments: Sequence[str]) -> int:
         _say(error, f"error: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+    except OSError as error:  # a full disk, a folder without permission
+        _say(error, f"error: {error.filename or 'output'}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - the boundary: a crash must not exit with 1, which says "over budget"
         _say(error, f"internal error: {type(error).__name__}: {error}")
     return 2

@@ -59,14 +59,19 @@ FormatOption = Annotated[Format, typer.Option("--format", help="How to print the
 TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Stop the solver after this many seconds.")]
 
 
-def check_output(path: Path | None, force: bool) -> None:
-    """Refuse an output that exists or has no folder, before any work. Raises OptionError."""
+def check_output(path: Path | None, force: bool, suffixed: bool = False) -> None:
+    """Refuse an output that exists or has no folder, before any work; ``suffixed``: or whose suffix names no format.
+    Raises OptionError."""
     if path is None:
         return
     if path.exists() and not force:
         raise OptionError(f"{path} exists; --force overwrites it")
     if not path.parent.is_dir():
         raise OptionError(f"there is no folder {path.parent}")
+    if suffixed:
+        from memplan.report import suffix_of
+
+        suffix_of(path)
 
 
 def emit(text: str) -> None:

@@ -56,7 +56,7 @@ def analyze(
     from memplan.gate import judge
     from memplan.units import parse_bytes
 
-    check_output(output, force)
+    check_output(output, force, suffixed=True)
     if limit is not None:
         parse_bytes(limit)
     points, effort = (3, _ADVICE_EFFORT) if advice else (0, None)
@@ -102,7 +102,7 @@ def plan(
     from memplan.analysis import relative_source
     from memplan.errors import BudgetInfeasibleError
 
-    check_output(output, force)
+    check_output(output, force, suffixed=True)
     try:
         analysis = analyse(
             entry,
@@ -140,7 +140,7 @@ def frontier(
     From the unplanned peak down to the smallest feasible budget. ENTRY's code is executed."""
     from memplan.report.text import frontier_table
 
-    check_output(output, force)
+    check_output(output, force, suffixed=True)
     analysis = analyse(
         entry,
         train=train,
@@ -205,7 +205,12 @@ def analyse(
     """Load an entry and analyse it; says on stderr that its code runs."""
     from memplan.cli.entry import load_entry
     from memplan.cli.solve import progress
+    from memplan.devices import profile_for
+    from memplan.optimizers import Optimizer
 
+    profile = profile_for(target or "cpu")  # a slip of the keyboard is told before minutes of tracing
+    if optimizer is not None:
+        Optimizer.parse(optimizer, profile.kind)
     tell(f"memplan: executing {entry} (tensors get shapes, no memory)")
     with progress("analysing") as say, _no_collections():
         loaded = load_entry(entry, inputs or ())

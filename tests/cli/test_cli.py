@@ -178,3 +178,33 @@ def test_shapes(text, expected):
 def test_a_shape_that_cannot_be_read_is_refused(text):
     with pytest.raises(OptionError):
         parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["-o", "answer.xyz"], "cannot tell a format"),
+        (["--optimizer", "lion"], "known are sgd"),
+        (["--target", "h200x"], "did you mean h200-141gb"),
+    ],
+)
+def test_a_slip_is_told_before_the_model_is_built(tmp_path, monkeypatch, capsys, given, said):
+    monkeypatch.chdir(tmp_path)
+    assert run(["analyze", "absent.py:build", *given]) == 2
+    captured = capsys.readouterr().err
+    assert said in captured and "executing" not in captured
+
+
+def test_a_full_disk_is_an_answer_of_2(tmp_path, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    saved = tmp_path / "saved.json"
+    unplanned_analysis().save(saved)
+    (tmp_path / "full.csv").symlink_to("/dev/full")
+    assert run(["export", str(saved), "-o", str(tmp_path / "full.csv"), "--force"]) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_check_outside_a_project_says_what_it_looked_for(tmp_path, capsys):
+    assert run(["check", "--config", str(tmp_path)]) == 2
+    assert "there is no pyproject.toml in or above" in capsys.readouterr().err
