@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import fx
@@ -47,6 +48,15 @@ _STATISTICS_ONLY: dict[object, tuple[int, ...]] = {
     torch.ops.aten._native_batch_norm_legit_functional.default: (3, 4),
 }
 _STATISTICS_TRAINING_ARG = 5
+
+# Results that keep the strides of their first operand: the kernel clones its whole storage, the fake result does not.
+_STORAGE_CLONES = {
+    torch.ops.aten.copy.default,
+    torch.ops.aten.select_scatter.default,
+    torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.diagonal_scatter.default,
+    torch.ops.aten.as_strided_scatter.default,
+}
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class _Builder:
                 writes=made,
                 mutates=mutated,
                 time=cost.time,
-                workspace=cost.workspace,
+                workspace=cost.workspace + self._lazy_bytes(node),
                 phase=self._phase(node),
                 once=bool(mutated)
                 or _has_effect(node)
@@ -223,11 +233,18 @@ class _Builder:
             else:
                 label = name if len(parts) == 1 else f"{name}.{k}"
                 size = self._bytes(tensor, dense=is_tangent(node))
+                if node.target in _STORAGE_CLONES:
+                    size = max(size, self._bytes(cast(fx.Node, node.args[0]).meta["val"], dense=False))
                 seen[key] = len(self.buffers)
                 self.buffers.append(Buffer(label, size, category, module or module_path(node), source_line(node)))
         if known is self.given:
             self.given.update(seen)
         self.buffer_of[node] = tuple(dict.fromkeys(seen.values()))
+
+    def _lazy_bytes(self, node: fx.Node) -> int:
+        """What a kernel takes to resolve operands whose conjugate or negative is only noted on their view."""
+        given = {a: t for a in input_nodes(node) for t in tensors(a.meta.get("val"))}
+        return sum(self._bytes(t, dense=True) for t in given.values() if t.is_conj() or t.is_neg())
 
     def _bytes(self, tensor: torch.Tensor, dense: bool) -> int:
         """What the allocator takes for a tensor's storage; ``dense``: for the part of it that the tensor spans."""

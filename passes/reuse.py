@@ -138,6 +138,8 @@ def _alike(operand: fx.Node, node: fx.Node, holder: fx.Node) -> bool:
         return False
     if (a.dtype, a.device, a.shape, a.stride()) != (b.dtype, b.device, b.shape, b.stride()):
         return False
+    if any(t.is_conj() or t.is_neg() for t in (a, b, whole)):
+        return False  # noted on the view: what is written through it would be turned once more
     sizes = {t.untyped_storage().nbytes() for t in (a, b, whole)} | {a.numel() * a.element_size()}
     return a.storage_offset() == b.storage_offset() == 0 and len(sizes) == 1
 

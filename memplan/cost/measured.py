@@ -24,7 +24,7 @@ from memplan.cost import Cost
 from memplan.cost.analytic import AnalyticCost, is_view, round_up
 from memplan.cost.cache import Cache
 from memplan.cost.signature import Layout, Signature, results, signature
-from memplan.cost.workspace import BLOCKED_LOSS, unseen
+from memplan.cost.workspace import BLOCKED_LOSS, masked_positions, unseen
 from memplan.devices import profile_for
 from memplan.torch_compat import allocation_events, clear_blas_workspaces
 
@@ -94,6 +94,7 @@ class MeasuredCost:
             self.available
             and (target.namespace in ("aten", "prims") or target.name() == BLOCKED_LOSS)
             and not _UNMEASURABLE.intersection(target.tags)
+            and not masked_positions(described)
             and "_assert" not in target._opname
             and all(layout.device == self.profile.kind or not layout.shape for layout in touched)  # scalars mix
         )

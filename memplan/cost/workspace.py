@@ -38,6 +38,15 @@ def unseen(described: Signature, threads: int) -> int:
     return rule(described, threads)
 
 
+def masked_positions(described: Signature) -> int:
+    """An index that is a mask becomes the positions of its ones, 8 bytes a dimension and element at most: no made-up mask
+    shows how many there will be."""
+    if described.target.overloadpacket not in _INDEXED:
+        return 0
+    masks = [index for index in described.args[1] if isinstance(index, Layout) and index.dtype == torch.bool]
+    return sum(8 * len(mask.shape) * mask.numel for mask in masks)
+
+
 def _onednn(described: Signature, threads: int) -> int:
     return _ONEDNN_CALL
 
@@ -103,6 +112,7 @@ def _packed_right(described: Signature, threads: int) -> int:
     return described.operands()[1].nbytes + _ONEDNN_CALL
 
 
+_INDEXED = {aten.index, aten._unsafe_index, aten.index_put, aten._unsafe_index_put}
 _Unseen = Callable[[Signature, int], int]
 _UNSEEN: dict[Any, _Unseen] = {
     aten.convolution: _onednn,
@@ -142,8 +152,8 @@ def workspace(described: Signature, made: list[Layout], kind: str, threads: int)
         rule = (
             _loss_block if described.target.name() == BLOCKED_LOSS else _GPU_RULES.get(described.target.overloadpacket)
         )
-        return rule(described, made) if rule else 0
-    held = unseen(described, threads)
+        return masked_positions(described) + (rule(described, made) if rule else 0)
+    held = unseen(described, threads) + masked_positions(described)
     if described.target.overloadpacket in _CONVOLUTIONS and is_plain_product(described, threads):
         return held
     rule = _loss_block if described.target.name() == BLOCKED_LOSS else _CPU_RULES.get(described.target.overloadpacket)
@@ -201,6 +211,11 @@ def _widened(described: Signature, made: list[Layout]) -> int:
     return 4 * source.numel if source.dtype.itemsize == 2 else 0
 
 
+def _masked_select(described: Signature, made: list[Layout]) -> int:
+    """The mask as it counts its ones, four bytes an element, beside the longest result."""
+    return 4 * described.operands()[1].numel + 64
+
+
 def _contiguous_resize(described: Signature, made: list[Layout]) -> int:
     """The CPU kernels turn contiguous images into channels-last ones and back."""
     source = described.operands()[0]
@@ -244,6 +259,7 @@ _CPU_RULES: dict[Any, _Rule] = {
     aten.gelu_backward: _dense_copies,
     aten.logsumexp: _first_operand,
     aten.mse_loss: _first_operand,
+    aten.masked_select: _masked_select,
     aten.mean: _widened,
     aten.upsample_nearest2d: _contiguous_resize,
     aten.upsample_bilinear2d: _contiguous_resize,

@@ -69,12 +69,14 @@ class Model(nn.Module):
         }[kind]()
 
 
-def recipes(longest: int = 10) -> st.SearchStrategy[Recipe]:
+_TINY = st.tuples(st.sampled_from((2, 1, 3)), st.sampled_from((4, 2, 6)), st.sampled_from((8, 4, 12)))
+
+
+def recipes(longest: int = 10, shapes: st.SearchStrategy[tuple[int, int, int]] = _TINY) -> st.SearchStrategy[Recipe]:
     block = st.tuples(st.sampled_from(sorted(FUNCTIONS) + sorted(MODULES)), st.integers(0, 3))
     outputs = st.lists(st.tuples(st.sampled_from(OUTPUTS), st.integers(0, 7)), max_size=4).map(tuple)
-    shape = st.tuples(st.sampled_from((2, 1, 3)), st.sampled_from((4, 2, 6)), st.sampled_from((8, 4, 12)))
     return st.builds(
-        Recipe, st.lists(block, min_size=1, max_size=longest).map(tuple), outputs, shape, alone=st.booleans()
+        Recipe, st.lists(block, min_size=1, max_size=longest).map(tuple), outputs, shapes, alone=st.booleans()
     )
 
 
