@@ -253,7 +253,8 @@ def _trace(
 
     with mode, torch.set_grad_enabled(training), torch_compat.many_recompiles():
         try:
-            torch.compile(fake.model, backend=backend)(*fake.args, **fake.kwargs)
+            # Static: a size that another analysis saw before must not turn one of this one's into a symbol.
+            torch.compile(fake.model, backend=backend, dynamic=False)(*fake.args, **fake.kwargs)
         except torch_compat.BackendCompilerFailed as error:
             if refused:
                 raise refused[0] from None

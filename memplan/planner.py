@@ -125,6 +125,9 @@ def plan_capture(
         trace.graph("fused", planned.scheduled.graph_module)
     if options.reuse_enabled and not plan.offloads and not _has_symbolic_sizes(capture):
         planned = _reused(planned)
+    if wanted is not None and plan.status == Status.TIMED_OUT and planned.timeline.peak <= wanted:
+        # The least plan is over the budget by what fusion or reuse then spared: the Program keeps it.
+        planned = replace(planned, plan=replace(planned.plan, status=Status.FEASIBLE))
     trace.data("program", planned.lowered.program)
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)

@@ -293,7 +293,11 @@ def test_exception_in_the_middle_of_a_step(
     run(inputs(), good).backward()
 
 
-def test_interrupted_from_the_keyboard(wanted: list[list[torch.Tensor]], net: Net, offloading: None) -> None:
+def test_interrupted_from_the_keyboard(
+    wanted: list[list[torch.Tensor]], net: Net, offloading: None, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process begins without it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run = compiled(net)
     step(run, net)
     store = recent_plans()[-1].stores["disk"]

@@ -284,6 +284,7 @@ sys.path.insert(0, {root!r})
 from memplan.runtime.tiers import Store, offload, written
 place = Store([(0, 1 << 28)], 1 << 28, {directory!r})
 source = torch.ones(1 << 26)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process begins without it
 threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     for _ in range(100):  # not for ever: Python swallows an interrupt that lands in a finaliser
