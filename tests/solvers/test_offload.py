@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from memplan.solvers.offload import offload_peak_bound, solve_offload
 from memplan.solvers.offload.search import Search
 from memplan.solvers.recompute import solve_recompute
 from memplan.validate import check_plan, check_sequence, validate
+from tests.uncompiled import compiled_and_plain
 
 SHORT = Limits(work=0.05)
 FOUND = (Status.OPTIMAL, Status.FEASIBLE)
@@ -128,17 +126,7 @@ def test_plain_python_gives_the_same_plan() -> None:
         "import test_offload as t; p = t.random_problem(5, n=10); s = t.Search(p, t.SHORT, float('inf'));"
         "s.load(range(10), (), t.between(p, 0.3), mix=True); s.anneal(3000, 0.5, 0.01, 0.0); print(s.found(), s.random)"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    out = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"NUMBA_DISABLE_JIT": flag, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for flag in ("0", "1")
-    ]
+    out = compiled_and_plain(code, Path(__file__).parent)
     assert out[0] == out[1] and "Offload" in out[0]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from memplan.solvers.placement import (
 )
 from memplan.solvers.placement.component import reduce_problem, sections_of
 from memplan.solvers.placement.portfolio import luby
+from tests.uncompiled import compiled_and_plain
 
 SHORT = Limits(work=0.05)
 
@@ -306,16 +305,7 @@ print("torch" in sys.modules)
 
 def test_plain_python_gives_the_same_plans_without_torch() -> None:
     """The compiled loops and the same source run as Python."""
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", PLANS],
-            env=os.environ | {"NUMBA_DISABLE_JIT": disable},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for disable in ("0", "1")
-    ]
+    outputs = compiled_and_plain(PLANS, Path(__file__).parent)
     assert outputs[0] == outputs[1]
     assert outputs[0].endswith("False\n")
 

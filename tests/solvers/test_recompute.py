@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from memplan.solvers.recompute.reach import proves_infeasible, reach_bound
 from memplan.solvers.recompute.search import Search
 from memplan.solvers.recompute.state import LENGTH, LOAD, OP, OVER, RUN, N
 from memplan.validate import check_sequence, validate
+from tests.uncompiled import compiled_and_plain
 
 SHORT = Limits(work=0.02)
 FOUND = (Status.OPTIMAL, Status.FEASIBLE)
@@ -183,17 +182,7 @@ def test_plain_python_gives_the_same_plan() -> None:
         "p = t.random_problem(5, n=10); s = t.Search(p, Limits()); s.load(range(10), int(.7 * t.stored_peak(p)));"
         "s.anneal(5000, 100.0, 1.0, s.first_price()); print(s.lowest(), s.fastest(), s.random)"
     )
-    out = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | {"NUMBA_DISABLE_JIT": flag, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for flag in ("0", "1")
-    ]
+    out = compiled_and_plain(code, Path(__file__).parent)
     assert out[0] == out[1] and "(" in out[0]
 
 
