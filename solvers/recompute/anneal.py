@@ -11,7 +11,8 @@ from memplan.solvers.compiled import compiled
 from memplan.solvers.lehmer import draw, unit
 from memplan.solvers.recompute.arrays import Floats, Graph, Ints
 from memplan.solvers.recompute.moves import CHAIN_BITS, drag, drop, recompute, shift
-from memplan.solvers.recompute.state import BROKEN, LENGTH, LOAD, NEW_OVER, OP, OVER, RUN, N, keep, undo, weigh
+from memplan.solvers.recompute.state import BROKEN, LENGTH, LOAD, NEW_OVER, OP, OVER, RUN, N, keep, undo
+from memplan.solvers.recompute.weigh import weigh
 
 
 class Best(NamedTuple):
