@@ -143,12 +143,12 @@ def promise() -> Record:
     if backend is None or not backend.recent_plans():
         return {}
     planned = backend.recent_plans()
-    largest = max(planned, key=lambda p: p.plan.peak)
+    largest = max(planned, key=lambda p: p.held)
     plan = largest.plan
-    fields = ("peak", "unplanned_peak", "time", "unplanned_time", "bound", "peak_bound", "gap", "status", "solver")
+    fields = ("unplanned_peak", "time", "unplanned_time", "bound", "peak_bound", "gap", "status", "solver")
     return {
         "plan": {name: getattr(plan, name) for name in fields}
-        | {"recomputed": plan.recomputed, "ops": len(largest.problem.ops), "graphs": len(planned)}
+        | {"peak": largest.held, "recomputed": plan.recomputed, "ops": len(largest.problem.ops), "graphs": len(planned)}
     }
 
 

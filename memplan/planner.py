@@ -136,7 +136,7 @@ def plan_capture(
     log.info(
         "planned %d ops: peak %d of %d bytes, time %.4g of %.4g us, %d recomputations, gap %.2f%%",
         len(problem.ops),
-        plan.peak,
+        planned.held,
         unplanned_peak,
         plan.time,
         unplanned_time,
