@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def compiled_and_plain(code: str, folder: Path) -> tuple[str, str]:
-    """Standard output of both, each in a process of its own that can import the modules of ``folder``."""
-    paths = os.pathsep.join([str(folder), *sys.path])
+    """Standard output of both, each in a process of its own that can import the modules of ``folder``, and ``tests``."""
+    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
 
     def printed(flag: str) -> str:
         return subprocess.run(
