@@ -263,7 +263,7 @@ def solve(problem: Problem, budget: int | None, options: Options, limits: Limits
     if not problem.tiers or not options.swap_enabled:
         if not recompute:
             return replace(ordered, budget=None)
-        # That of a refusal is the lowest for any budget, so that the smallest feasible one it names is always kept.
+        # Refused, it returns the plan of the least peak, whose bytes are then named as the smallest feasible budget.
         return solve_recompute(problem, budget, limits=limits, start=ordered.sequence)
     plan = solve_offload(problem, budget, limits=limits, start=ordered.sequence, recompute=recompute)
     if plan.peak <= budget or not recompute:

@@ -29,7 +29,8 @@ LOWERING_MOVES = 0.2  # of a solve's moves, for all of them together
 def lowest_sequence(
     search: Search, floor: int, start: Sequence[int] | None = None, enough: int = 0
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sequence with the lowest peak found, and a good order without recomputation; the search ends where a peak of ``enough`` bytes is reached.
+    """The sequence with the lowest peak found, and a good order without recomputation; the search ends where a peak of
+    ``enough`` bytes is reached.
 
     ``floor``: a bound on the peak. All bytes include the resident ones. ``enough`` only cuts the search short, so that a
     budget is kept if and only if the peak found without it is within that budget.

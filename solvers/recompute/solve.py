@@ -43,7 +43,8 @@ def solve_recompute(
 
     ``start``: a valid sequence to begin from (PlanError otherwise); the plan is never slower than it where it fits.
     INFEASIBLE (proven): the budget is below ``peak_bound``, or ``proves_infeasible``; TIMED_OUT: nothing found; both
-    carry the sequence of ``minimise_peak`` and no budget, the same for every budget that is refused. An interrupt from the keyboard ends the search with the best plan so far.
+    carry the sequence of ``minimise_peak`` and no budget, the same for every budget that is refused. An interrupt from the
+    keyboard ends the search with the best plan so far.
     """
     stored = tuple(range(len(problem.ops)))
     unplanned_peak, unplanned_time = check_sequence(problem, stored)
