@@ -29,7 +29,6 @@ def steps(model: str, size: str, budget: str | None, arena: bool) -> tuple[Calla
     """(one step that leaves no gradients, its plans, the workload), compiled and warm."""
     from memplan.backend import recent_plans
 
-    torch._dynamo.reset()
     workload = zoo.build(model, size)  # type: ignore[arg-type]
     options: dict[str, Any] = {"placement.enabled": arena} | ({"memory_budget": budget} if budget else {})
     run = torch.compile(workload.model, backend="memplan", options=options)

@@ -2,7 +2,8 @@
 
 ``python benchmarks/tiers.py`` measures in fresh processes under the malloc interposer and writes ``results/tiers.json``
 and a Markdown table beside it. Offload rows: recomputation alone, offload alone and both, at shares of the unplanned
-peak, each against the same model without a budget, bit for bit; the variants run in turns. Streaming rows: a Llama-like
+peak, each against the same model without a budget, bit for bit. The variants run in turns, each round from another one
+on, and times are compared within a round, so that other work on the machine weighs little. Streaming rows: a Llama-like
 model whose weights are a multiple of the budget, its logits against the eager model's.
 """
 
@@ -46,7 +47,6 @@ class Training:
     def __init__(self, model: str, size: str, options: dict[str, Any]) -> None:
         from memplan.backend import recent_plans
 
-        torch._dynamo.reset()
         torch.manual_seed(0)
         self.workload = zoo.build(model, size)  # type: ignore[arg-type]
         self.run = torch.compile(self.workload.model, backend="memplan", options=options)
@@ -81,31 +81,43 @@ def training_row(model: str, size: str, budget: str, repetitions: int) -> Record
 
     torch.set_num_threads(1)
     free = Training(model, size, {})
-    record: Record = {"unplanned": free.planned.timeline.peak, "variants": {}}
-    runs: dict[str, Training] = {}
+    record: Record = {
+        "unplanned": free.planned.timeline.peak,
+        "free_predicted": free.planned.plan.time / 1e6,
+        "variants": {},
+    }
+    runs = {"free": free}
     for name, options in VARIANTS.items():
         try:
             runs[name] = Training(model, size, {"memory_budget": budget} | options)
         except BudgetInfeasibleError as error:
             record["variants"][name] = {"infeasible": error.smallest}
-    traffic = {name: _traffic(run) for name, run in runs.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("free", *runs)}
-    for _ in range(repetitions):
-        for name, run in (("free", free), *runs.items()):
-            times[name].append(timed(run.step))
-    free_wall = statistics.median(wall for wall, _ in times["free"])
-    record |= {"free_seconds": free_wall, "free_predicted": free.planned.plan.time / 1e6}
+    before = {name: _traffic(run) for name, run in runs.items()}
+    rounds = [_round(runs, first) for first in range(repetitions)]
+    record["free_seconds"] = statistics.median(times["free"][0] for times in rounds)
     for name, run in runs.items():
-        record["variants"][name] = _variant(run, free, times[name], traffic[name], repetitions)
-    return record
+        if run is not free:
+            record["variants"][name] = _variant(run, free, name, rounds, before[name])
+    if {"recompute", "offload", "both"} <= runs.keys():
+        alone = [min(times["recompute"][0], times["offload"][0]) for times in rounds]
+        record["both_by_better"] = statistics.median(
+            times["both"][0] / better for times, better in zip(rounds, alone, strict=True)
+        )
+    return record | {"rounds": rounds}
+
+
+def _round(runs: dict[str, Training], first: int) -> dict[str, tuple[float, float]]:
+    """(wall, processor) seconds of a step of every run, beginning with the ``first``."""
+    names = list(runs)
+    first %= len(names)
+    return {name: timed(runs[name].step) for name in names[first:] + names[:first]}
 
 
 def _variant(
-    run: Training, free: Training, times: list[tuple[float, float]], before: Record, repetitions: int
+    run: Training, free: Training, name: str, rounds: list[dict[str, tuple[float, float]]], before: Record
 ) -> Record:
-    planned, wall = run.planned, statistics.median(wall for wall, _ in times)
-    after = _traffic(run)
-    moved = {key: (after[key] - before[key]) / repetitions for key in after}
+    planned, after = run.planned, _traffic(run)
+    moved = {key: (after[key] - before[key]) / len(rounds) for key in after}
     peak = run.workload.resident_bytes() + Meter().measure(run.step).above
     found: Record = {
         "budget": planned.plan.budget,
@@ -113,16 +125,20 @@ def _variant(
         "measured_peak": peak,
         "same_bits": run.bits == free.bits,
         "predicted_seconds": planned.timeline.time / 1e6,
-        "seconds": wall,
-        "processor_seconds": statistics.median(processor for _, processor in times),
+        "seconds": statistics.median(times[name][0] for times in rounds),
+        "processor_seconds": statistics.median(times[name][1] for times in rounds),
+        "ratio": statistics.median(times[name][0] / times["free"][0] for times in rounds),
+        "processor_ratio": statistics.median(times[name][1] / times["free"][1] for times in rounds),
         "recomputations": planned.plan.recomputed,
         "stays": len(planned.plan.offloads),
     } | moved
+    link = 0.0
     if moved["bytes_out"]:
         (tier,) = planned.problem.tiers
-        out, back = moved["bytes_out"] / tier.write / 1e6, moved["bytes_in"] / tier.read / 1e6
-        found["link_seconds"] = max(out, back)
+        link = max(moved["bytes_out"] / tier.write, moved["bytes_in"] / tier.read) / 1e6
         found["tier"] = {"write": tier.write * 1e6, "read": tier.read * 1e6, "latency": tier.latency / 1e6}
+    found["link_seconds"] = link
+    found["by_compute_or_link"] = statistics.median(times[name][0] / max(times["free"][0], link) for times in rounds)
     return found
 
 
@@ -206,17 +222,16 @@ def _link_seconds(planned: Any) -> float:
 
 def table(rows: dict[str, Record]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| row | variant | measured / budget | bits | time / unbudgeted | predicted | / max(compute, link) | hidden |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    columns = ("row", "variant", "measured / budget", "bits", "time / unbudgeted", "processor", "predicted")
+    lines = ["| " + " | ".join((*columns, "/ max(compute, link)", "/ better alone", "hidden")) + " |"]
+    lines.append("|---|---|" + "---:|---|" + "---:|" * 6)
     for name, row in rows.items():
         if "failure" in row:
-            lines.append(f"| {name} | {row['failure']} | | | | | | |")
+            lines.append(f"| {name} | {row['failure']} | | | | | | | | |")
         elif "weights" in row:
             share, bits = row["measured_peak"] / row["budget"], "same" if row["same_logits"] else "DIFFER"
             slow = row["seconds"] / row["seconds_in_memory"]
-            lines.append(f"| {name} | stream | {share:.3f} | {bits} | {slow:.2f} | | | {row['hidden']:.0%} |")
+            lines.append(f"| {name} | stream | {share:.3f} | {bits} | {slow:.2f} | | | | | {row['hidden']:.0%} |")
         else:
             lines += [_line(name, variant, found, row) for variant, found in row["variants"].items()]
     return "\n".join(lines) + "\n"
@@ -224,12 +239,13 @@ def table(rows: dict[str, Record]) -> str:
 
 def _line(name: str, variant: str, found: Record, row: Record) -> str:
     if "infeasible" in found:
-        return f"| {name} | {variant} | infeasible, smallest {found['infeasible']} | | | | | |"
-    share, bits = found["measured_peak"] / found["budget"], "same" if found["same_bits"] else "DIFFER"
-    slow, told = found["seconds"] / row["free_seconds"], found["predicted_seconds"] / row["free_predicted"]
-    bar = found["seconds"] / max(row["free_seconds"], found.get("link_seconds", 0.0))
+        return f"| {name} | {variant} | infeasible, smallest {found['infeasible']} | | | | | | | |"
+    bits, told = "same" if found["same_bits"] else "DIFFER", found["predicted_seconds"] / row["free_predicted"]
+    better = f"{row['both_by_better']:.2f}" if variant == "both" and "both_by_better" in row else ""
     hidden = f"{1 - found['waited'] / found['moving']:.0%}" if found["moving"] else ""
-    return f"| {name} | {variant} | {share:.3f} | {bits} | {slow:.2f} | {told:.2f} | {bar:.2f} | {hidden} |"
+    cells = [f"{found['measured_peak'] / found['budget']:.3f}", bits, f"{found['ratio']:.2f}"]
+    cells += [f"{found['processor_ratio']:.2f}", f"{told:.2f}", f"{found['by_compute_or_link']:.2f}", better, hidden]
+    return f"| {name} | {variant} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
