@@ -103,6 +103,7 @@ class Stay(bytearray):
     store: Store
     file: disk.File | None  # None: the contents are in ``source``
     start: int  # bytes into the file
+    lead: int  # bytes that are not in their order there, as ``disk.lead_of`` says
     span: Span | None  # None: a home, whose bytes are not the store's
     source: torch.Tensor | None  # pinned memory of the host tier, or a tensor that should have its home on a disk
     size: int  # bytes
@@ -137,7 +138,8 @@ def offload(tensor: torch.Tensor, store: int, site: int) -> torch.Tensor:
         stay.transfer = host.copy_out(stay.store.pool, stay.source, tensor, stay.span)
         return stay.ticket()
     stay.file = stay.store.file(stay.start + stay.span.size)
-    stay.transfer = disk.write(stay.file, stay.start, tensor, stay.span, weakref.ref(stay))
+    stay.lead = disk.lead_of(stay.file, tensor)
+    stay.transfer = disk.write(stay.file, stay.start, tensor, stay.span, weakref.ref(stay), stay.lead)
     return stay.ticket()
 
 
@@ -188,7 +190,7 @@ def prefetch(ticket: torch.Tensor) -> torch.Tensor:
         assert stay.source is not None
         memory.copy_(stay.source.untyped_storage())
     else:
-        stay.transfer = disk.read(stay.file, stay.start, tensor, stay.span, weakref.ref(stay))
+        stay.transfer = disk.read(stay.file, stay.start, tensor, stay.span, weakref.ref(stay), stay.lead)
         stay.store.count(back=stay.size)
     return tensor
 
@@ -204,7 +206,7 @@ def _new_stay(tensor: torch.Tensor, store: Store) -> Stay:
     stay.store, stay.size = store, tensor.untyped_storage().nbytes()
     stay.shape = (tensor.dtype, tensor.device, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
     stay.file = stay.span = stay.source = stay.transfer = None
-    stay.start = 0
+    stay.start = stay.lead = 0
     _stays[number] = stay
     return stay
 

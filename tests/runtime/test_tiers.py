@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import mmap
 import multiprocessing
 import os
 import resource
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import torch
 
 from memplan.errors import TierError
 from memplan.runtime import disk, tiers
-from memplan.runtime.space import ALIGNMENT, Space
+from memplan.runtime.space import ALIGNMENT, Space, aligned
 from memplan.runtime.tiers import Store, offload, prefetch, wait, written
 
 
@@ -73,6 +75,44 @@ def test_every_layout_comes_back(make: Callable[[], torch.Tensor], tmp_path: Pat
     assert torch.equal(back, source) and back.stride() == source.stride() and back.dtype == source.dtype
     assert back.untyped_storage().nbytes() == source.untyped_storage().nbytes()
     assert back.data_ptr() != source.data_ptr() or source.numel() == 0
+
+
+def bytes_at(offset: int, size: int) -> torch.Tensor:
+    """Zeros that begin ``offset`` bytes into a page of memory that a fork would copy."""
+    memory = mmap.mmap(-1, offset + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=offset)
+
+
+@pytest.mark.parametrize("size", [4097, (256 << 10) + 8191, (256 << 10) + 8192, (20 << 20) + 8195])
+@pytest.mark.parametrize("source, target", [(0, 0), (64, 64), (64, 0), (0, 64), (4032, 4032), (4095, 1)])
+def test_whatever_the_memorys_alignment(source: int, target: int, size: int, tmp_path: Path) -> None:
+    file = disk.SpillFile(tmp_path)
+    file.reserve(ALIGNMENT + aligned(size))
+    given, back = bytes_at(source, size), bytes_at(target, size)
+    given.copy_(torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(size)))
+    lead = disk.lead_of(file, given)
+    assert not file.direct or lead == (-source % ALIGNMENT if size >= (256 << 10) + 8192 else 0)
+    disk.write(file, ALIGNMENT, given, None, weakref.ref(given), lead).wait()
+    disk.read(file, ALIGNMENT, back, None, weakref.ref(back), lead).wait()
+    assert torch.equal(given, back)
+    assert os.fstat(file.descriptor).st_size == ALIGNMENT + aligned(size)
+
+
+def test_a_fork_while_the_disk_fills_memory(tmp_path: Path) -> None:
+    file, size = disk.SpillFile(tmp_path), 8 << 20
+    file.reserve(size)
+    given = torch.arange(size // 8).view(torch.uint8)
+    disk.write(file, 0, given, None, weakref.ref(given)).wait()
+    for _ in range(4):
+        backs = [bytes_at(0, size) for _ in range(3)]
+        reads = [disk.read(file, 0, back, None, weakref.ref(back)) for back in backs]
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        for read in reads:
+            read.wait()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert all(torch.equal(back, given) for back in backs)
 
 
 def test_buffered_where_direct_is_not_allowed(tmp_path: Path) -> None:
