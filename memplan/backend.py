@@ -6,7 +6,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -24,16 +24,18 @@ from memplan.passes.attention import FuseAttention
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.gradients import DenseGradients
+from memplan.passes.heads import GroupedHeads
 from memplan.passes.normalise import Normalise
+from memplan.passes.simplify import Simplify
 from memplan.passes.split import Split
 from memplan.pieces import Model, Models, Piece
-from memplan.planner import NOTHING, Elsewhere, Planned, plan_capture
+from memplan.planner import NOTHING, Elsewhere, Planned, Solved, plan_capture
 from memplan.problem import Category
 from memplan.rewrites import Compiled, compile_best
 from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
-from memplan.trace import Trace
+from memplan.trace import SILENT, Trace
 
 log = logging.getLogger("memplan")
 
@@ -88,20 +90,10 @@ def compile_with(
     ``described``: what its placeholders are, where ``example_inputs`` cannot tell any more; ``draft``: plan it and
     compile nothing, it runs as dynamo captured it."""
     known = graph_inputs(graph_module, example_inputs) if described is None else described
-
-    def compile_graph(graph_module: fx.GraphModule, budget: int | None) -> Compiled:
-        settings = options if budget is None else replace(options, memory_budget=budget + int(options.reserved))
-        graph = (_Draft if draft else _Graph)(settings, known, elsewhere, progress)
-        backend = torch_compat.aot_backend(
-            forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
-        )
-        try:
-            return backend(graph_module, example_inputs), graph.planned
-        except _Drafted:
-            return graph_module, graph.planned
-
+    graph_module = GroupedHeads().apply(graph_module) or graph_module
+    compiler = _Compiler(options, example_inputs, known, elsewhere, progress, draft)
     rewrites = _REWRITES if options.fusion_enabled else ()
-    run, planned = compile_best(graph_module, rewrites, compile_graph, elsewhere.held, options.objective == "peak")
+    run, planned = compile_best(graph_module, rewrites, compiler, options.objective == "peak")
     if planned is not None:
         remember(planned)
     return run, planned
@@ -116,6 +108,46 @@ def raising(error: MemplanError) -> Callable[..., Any]:
     return refuse
 
 
+@dataclass(frozen=True)
+class _Compiler:
+    """What rewrites are weighed with; a problem that comes again is solved once."""
+
+    options: Options
+    example_inputs: Sequence[Any]
+    inputs: Sequence[Input]
+    elsewhere: Elsewhere
+    progress: Callable[[str], None] | None
+    draft: bool
+    solved: Solved = field(default_factory=dict)
+
+    def outline(self, graph_module: fx.GraphModule) -> Planned | None:
+        return self._run(graph_module, self.options.without_budget(), estimated=True)[1]
+
+    def budget(self, outline: Planned) -> int | None:
+        return self.options.budget(outline.plan.unplanned_peak + self.elsewhere.held)
+
+    def estimate(self, graph_module: fx.GraphModule, budget: int | None) -> Planned | None:
+        return self._run(graph_module, self._under(budget), estimated=True)[1]
+
+    def compile(self, graph_module: fx.GraphModule, budget: int | None) -> Compiled:
+        return self._run(graph_module, self._under(budget), estimated=False)
+
+    def _under(self, budget: int | None) -> Options:
+        options = self.options
+        return options if budget is None else replace(options, memory_budget=budget + int(options.reserved))
+
+    def _run(self, graph_module: fx.GraphModule, options: Options, estimated: bool) -> Compiled:
+        kind = _Draft if estimated or self.draft else _Graph
+        graph = kind(options, self.inputs, self.elsewhere, self.progress, self.solved, estimated)
+        backend = torch_compat.aot_backend(
+            forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
+        )
+        try:
+            return backend(graph_module, self.example_inputs), graph.planned
+        except _Drafted:
+            return graph_module, graph.planned
+
+
 class _Graph:
     """One graph of dynamo's: planned when AOTAutograd asks for the partition, lowered when it asks for the compile."""
 
@@ -125,11 +157,14 @@ class _Graph:
         inputs: Sequence[Input],
         elsewhere: Elsewhere,
         progress: Callable[[str], None] | None,
+        solved: Solved,
+        estimated: bool,
     ) -> None:
         self.options = options
         self.inputs = inputs
         self.elsewhere, self.progress = elsewhere, progress
-        self.trace = Trace.of(options)
+        self.solved, self.estimated = solved, estimated
+        self.trace = SILENT if estimated else Trace.of(options)
         self.planned: Planned | None = None
         self.pool: Pool | None = None
 
@@ -140,6 +175,7 @@ class _Graph:
             check_supported(joint)
             self.trace.graph("joint", joint)
             Normalise().apply(joint)
+            Simplify().apply(joint)
             inputs = primal_inputs(joint, self.inputs)
             parameters = [k for k, given in enumerate(inputs) if given.category == Category.PARAMETER]
             DenseGradients(num_fwd_outputs, parameters).apply(joint)
@@ -164,6 +200,7 @@ class _Graph:
         try:
             check_supported(graph_module)
             self.trace.graph("captured", graph_module)
+            Simplify().apply(graph_module)
             primals = primal_inputs(graph_module, self.inputs)
             planned = self._plan(Capture(graph_module, outputs, primals, training=False))
         except UnsupportedError as reason:
@@ -176,7 +213,15 @@ class _Graph:
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
         self.planned = plan_capture(
-            capture, self.options, cost, profile.granularity, self.elsewhere, self.progress, self.trace
+            capture,
+            self.options,
+            cost,
+            profile.granularity,
+            self.elsewhere,
+            self.progress,
+            self.trace,
+            self.solved,
+            self.estimated,
         )
         self.pool = pool_of(self.planned) if device == "cpu" else None
         return self.planned

@@ -35,6 +35,7 @@ from memplan.validate import check_sequence, validate
 log = logging.getLogger("memplan")
 
 _FUSION_ATTEMPTS = 3  # times that bytes which regions free go back to the planner
+_WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
 _ARENA_ATTEMPTS = 3  # placements tried before the arena is given up
 _ARENA_MAY_COST = 1.01  # slowdown of the plan that an arena may cost; it saves 5-9 % on a ResNet in page faults
 
@@ -49,6 +50,7 @@ class Elsewhere:
 
 
 NOTHING = Elsewhere()
+Solved = dict[tuple[Problem, int | None], Plan]  # by problem and budget
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ def plan_capture(
     elsewhere: Elsewhere = NOTHING,
     progress: Callable[[str], None] | None = None,
     trace: Trace = SILENT,
+    solved: Solved | None = None,
+    estimated: bool = False,
 ) -> Planned:
-    """Plan one captured graph. ``elsewhere``: what other graphs of the same model hold; ``trace``: told every stage.
+    """Plan one captured graph. ``elsewhere``: what other graphs of the same model hold; ``trace``: told every stage;
+    ``solved``: plans made before under the same options, and where this one is added; ``estimated``: compile no kernel,
+    refine nothing: what rewrites are compared by.
 
     Raises BudgetInfeasibleError when no plan fits, PlanError when a solver's plan breaks a rule (a bug).
     """
@@ -108,8 +114,9 @@ def plan_capture(
     budget = options.budget(unplanned_peak + elsewhere.held)
     limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
     wanted = None if budget is None else budget - elsewhere.held
-    plan = solve(problem, wanted, options, limits)
-    plan = replace(plan, unplanned_peak=unplanned_peak, unplanned_time=unplanned_time)
+    solved = {} if solved is None else solved
+    plan = solved.get((problem, wanted)) or solve(problem, wanted, options, limits)
+    plan = solved[problem, wanted] = replace(plan, unplanned_peak=unplanned_peak, unplanned_time=unplanned_time)
     trace.data("plan", plan)
     planned = realise(built, plan, options)
     trace.graph("scheduled", planned.scheduled.graph_module)
@@ -120,6 +127,8 @@ def plan_capture(
         raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
     if options.fusion_enabled and plan.offloads:
         log.warning("no fusion: regions do not yet move with the transfers of a plan that offloads")
+    elif options.fusion_enabled and estimated:
+        planned = _contracted(planned, Fuse(wanted, options.lowering, measured=False))
     elif options.fusion_enabled:
         planned = _fused(planned, wanted, options, limits)
         trace.graph("fused", planned.scheduled.graph_module)
@@ -131,7 +140,7 @@ def plan_capture(
     trace.data("program", planned.lowered.program)
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)
-    if options.placement_enabled and not _has_symbolic_sizes(capture):
+    if options.placement_enabled and not estimated and not _has_symbolic_sizes(capture):
         planned = _placed(planned, wanted, options, limits)
     log.info(
         "planned %d ops: peak %d of %d bytes, time %.4g of %.4g us, %d recomputations, gap %.2f%%",
@@ -185,10 +194,15 @@ def _fused(planned: Planned, budget: int | None, options: Options, limits: Limit
     recomputed as long as the fused Program keeps the budget and gets faster."""
     trial = Fuse(budget, options.lowering, measured=False)
     best = _contracted(planned, trial)
+    if budget is not None and best.timeline.peak > budget:
+        return best  # refused: no kernel's workspace would help
     for _ in range(_FUSION_ATTEMPTS):
         if budget is None or not best.plan.recomputed or not options.recompute_enabled:
             break
-        loosened = best.plan.peak + budget - best.timeline.peak
+        freed, missing = budget - best.timeline.peak, best.plan.unplanned_peak - budget
+        if freed < _WORTH_SOLVING * missing:
+            break
+        loosened = best.plan.peak + freed
         plan = solve(planned.problem, loosened, options, limits)
         if plan.peak > loosened or plan.peak <= best.plan.peak:
             break

@@ -33,7 +33,8 @@ class RunGraph:
         self._all: dict[int, list[int]] = {}  # ... and all of them
         self._may_fuse = may_fuse
         runs = tuple(self._runs())
-        kept = frozenset(c for n in input_nodes(self.output) for c in self.behind.get(n, {}).values())
+        held = [*input_nodes(self.output), *(n for n in self.nodes if is_tangent(n))]  # by the caller, to the end
+        kept = frozenset(c for n in held for c in self.behind.get(n, {}).values())
         self.problem = FusionProblem(runs, tuple(self._sizes), kept, launch_bytes)
 
     def place(self, run: int) -> int:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from memplan import torch_compat
+from memplan import planner, torch_compat
 from memplan.backend import recent_plans
 from memplan.build_problem import build_problem
 from memplan.capture import Capture
+from memplan.codegen import lowering
+from memplan.codegen.compiled import CompiledRegion
+from memplan.codegen.eager import compile_eager
+from memplan.codegen.region import Region
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.lower import lower
 from memplan.passes.fuse import Fuse, Fused
 from memplan.passes.schedule import Schedule
 from memplan.passes.split import Split
+from memplan.plans import Plan
+from memplan.problem import Problem
 from memplan.runtime.execute import Executable
 from memplan.simulate import simulate
 
@@ -121,6 +129,7 @@ def test_eager_lowering_is_bit_identical(case: str, repeat: bool) -> None:
     found = gradients(model, torch.compile(model, backend=backend), *inputs)
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
     assert backend.fused is not None and backend.fused.calls
+    assert backend.peaks == (backend.fused.plan.peak_before, backend.fused.plan.peak_after)
     assert backend.peaks[1] <= backend.peaks[0]
     assert backend.fused.plan.moved_after < 0.9 * backend.fused.plan.moved_before
 
@@ -166,3 +175,45 @@ def test_fusion_frees_bytes_that_the_planner_spends() -> None:
         assert (planned.fused is not None) == fused
         times.append(planned.timeline.time)
     assert times[1] <= times[0]
+
+
+class Wordy(nn.Module):
+    """Has what every rewrite looks for: attention written out, an MLP, a loss over a vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.block, self.head = nn.Linear(16, 48), Block(16), nn.Linear(16, 512)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unsqueeze(1).chunk(3, -1)
+        mixed = torch.softmax(q @ k.transpose(-2, -1) * 0.25, -1) @ v
+        return F.cross_entropy(self.head(self.block(mixed.squeeze(1))).flatten(0, 1), y.flatten())
+
+
+def test_rewrites_are_weighed_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what runs is compiled, each region once; no problem is solved twice under one budget."""
+    compiled: list[str] = []
+    solved: list[tuple[Problem, int | None]] = []
+    solve = planner.solve
+
+    def compile_region(region: Region, chosen: str | None = None) -> CompiledRegion:
+        compiled.append(region.key)
+        return compile_eager(region)
+
+    def counted(problem: Problem, budget: int | None, *others: Any) -> Plan:
+        solved.append((problem, budget))
+        return solve(problem, budget, *others)
+
+    monkeypatch.setattr(lowering, "compile_region", compile_region)
+    monkeypatch.setattr(planner, "solve", counted)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, inputs = Wordy(), (torch.randn(4, 128, 16), torch.randint(0, 512, (4, 128)))
+    options = {"memory_budget": "40%", "runtime_estimator": "analytic", "fusion.enabled": True}
+    found = gradients(model, torch.compile(model, backend="memplan", options=options), *inputs)
+    torch.testing.assert_close(found, gradients(model, model, *inputs), rtol=1e-4, atol=1e-5)
+    planned = recent_plans()[-1]
+    assert planned.fused is not None and planned.plan.budget is not None
+    assert sorted(compiled) == sorted({call.region.key for call in planned.fused.calls})
+    assert len({problem for problem, _ in solved}) > 2  # of the graph as it is, and rewritten
+    assert all(solved.count(once) == 1 for once in solved)
