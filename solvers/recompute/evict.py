@@ -4,6 +4,9 @@ First runs stand in a given order. Before a run that does not fit, the held buff
 making it again over its bytes and the distance to its next use. Dynamic tensor rematerialization (Kirisame et al., ICLR
 2021, section 3) with the future known, as Belady's rule has it. In milliseconds it comes as low as annealing does in
 tens of seconds; how fast its sequences are is left to what follows.
+
+An output, such as a weight's gradient, is needed at the end: it too may go and be made again there. Of several missing
+operands the one whose making needs most memory comes first (Sethi and Ullman, JACM 1970).
 """
 
 from __future__ import annotations
@@ -37,22 +40,26 @@ from memplan.solvers.recompute.arrays import (
 
 class Rule(NamedTuple):
     """Exponents of the score cost^a / (bytes^b · distance^c); ``below``: share of the cost of what was made from a buffer
-    and is gone, which making it again would need."""
+    and is gone, which making it again would need. ``outputs``: 1 where outputs may go. ``hungry``: 1 where the missing
+    operand that needs most memory is made first, 0: the first one."""
 
     cost: float
     size: float
     distance: float
     below: float
+    outputs: float
+    hungry: float
 
 
 # The first comes lowest on most graphs; each of the others does so on one of the public or captured ones.
-RULES = (
-    Rule(0.5, 1.0, 1.0, 0.0),
-    Rule(0.5, 1.0, 0.5, 1.0),
-    Rule(1.0, 1.0, 1.0, 1.0),
-    Rule(1.0, 0.5, 0.5, 0.0),
-    Rule(0.5, 0.5, 1.0, 0.0),
+SCORES = (
+    (0.5, 1.0, 1.0, 0.0),
+    (0.5, 1.0, 0.5, 1.0),
+    (1.0, 1.0, 1.0, 1.0),
+    (1.0, 0.5, 0.5, 0.0),
+    (0.5, 0.5, 1.0, 0.0),
 )
+RULES = tuple(Rule(*score, outputs, hungry) for outputs, hungry in ((0, 0), (0, 1), (1, 0), (1, 1)) for score in SCORES)
 LONGEST = 4  # sequences with so many runs an op are given up: a budget that is too small recomputes without end
 NEVER = 1e18
 IMPOSSIBLE = 1e30
@@ -64,15 +71,18 @@ WORK = 5  # one entry: how often all buffers were looked at
 # ... and of numbers, per buffer: when it is needed next; time to make it again; time of what is gone and made from it.
 NEXT, COST, BELOW = 0, 1, 2
 WANTED = 3  # when something made from it is needed next, gone or not
+NEED = 4  # bytes that are there at once while it is made again
+# Entries of a rule in the compiled loops.
+TO_COST, TO_SIZE, TO_DISTANCE, SHARE_BELOW, MAY_OUTPUTS, HUNGRY = 0, 1, 2, 3, 4, 5
 
 
 @compiled
 def _look_ahead(g, duration, order, w, x):
-    """Fill ``x``: next uses and costs of all buffers as things stand."""
+    """Fill ``x``: next uses, costs and needs of all buffers as things stand."""
     n = g[COUNT, OPS]
     w[WORK, 0] += 1
     for b in range(g[COUNT, BUFFERS]):
-        x[NEXT, b] = NEVER
+        x[NEXT, b] = n if g[IS_OUTPUT, b] == 1 else NEVER
         x[COST, b] = x[BELOW, b] = 0.0
         if g[WRITER, b] >= 0:
             for j in range(g[READER_ROW, b], g[READER_ROW, b + 1]):
@@ -100,11 +110,17 @@ def _look_ahead(g, duration, order, w, x):
         i = order[at]
         if w[RAN, i] == 1:
             cost = IMPOSSIBLE if g[ONCE, i] == 1 else duration[i]
+            need, together = 0.0, float(g[WORKSPACE, i])
             for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
                 if w[HERE, g[READS, k]] == 0:
                     cost += x[COST, g[READS, k]]
+                    need = max(need, x[NEED, g[READS, k]])
+                    together += g[SIZE, g[READS, k]]
+            for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+                together += g[SIZE, g[WRITES, k]]
             for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
                 x[COST, g[WRITES, k]] = min(cost, IMPOSSIBLE)
+                x[NEED, g[WRITES, k]] = max(need, together)
 
 
 @compiled
@@ -114,14 +130,14 @@ def _victim(g, rule, w, x, now, running):
     for b in range(g[COUNT, BUFFERS]):
         if w[HERE, b] == 0 or w[LOCKED, b] > 0 or g[SIZE, b] == 0 or g[WRITER, b] == running:
             continue
-        if g[IS_OUTPUT, b] == 1 or g[IS_HELD, b] == 1:
+        if g[IS_HELD, b] == 1 or (g[IS_OUTPUT, b] == 1 and rule[MAY_OUTPUTS] == 0):
             continue
         if x[NEXT, b] >= NEVER and (g[ONCE, g[WRITER, b]] == 0 or x[WANTED, b] >= NEVER):
             return b
         if x[COST, b] >= IMPOSSIBLE:
             continue
-        cost = (x[COST, b] + rule[3] * x[BELOW, b]) ** rule[0]
-        score = cost / (g[SIZE, b] ** rule[1] * max(1.0, x[NEXT, b] - now) ** rule[2])
+        cost = (x[COST, b] + rule[SHARE_BELOW] * x[BELOW, b]) ** rule[TO_COST]
+        score = cost / (g[SIZE, b] ** rule[TO_SIZE] * max(1.0, x[NEXT, b] - now) ** rule[TO_DISTANCE])
         if score < least:
             best, least = b, score
     return best
@@ -152,38 +168,64 @@ def _lock(g, w, i, by):
 
 
 @compiled
+def _missing(g, rule, w, x, i):
+    """The operand of op i that is to be made next; -1 where all are there."""
+    best, most = -1, -1.0
+    for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
+        b = g[READS, k]
+        if w[HERE, b] == 0:
+            need = max(0.0, x[NEED, b] - g[SIZE, b]) if rule[HUNGRY] == 1 else 0.0
+            if need > most:
+                best, most = b, need
+    return best
+
+
+@compiled
+def _run(g, duration, order, rule, room, w, x, sequence, now, goal, held, length):
+    """Append op ``goal`` and before it what must be made again for it; bytes held then, -1 where there is no way on, and
+    the length of the sequence."""
+    w[STACK, 0] = goal
+    _lock(g, w, goal, 1)
+    depth = 1
+    while depth > 0:  # an op waits on the stack until its operands have been made again
+        i = w[STACK, depth - 1]
+        missing = _missing(g, rule, w, x, i)
+        if missing >= 0:
+            if g[ONCE, g[WRITER, missing]] == 1 or depth == g[COUNT, OPS]:
+                return -1, length
+            w[STACK, depth] = g[WRITER, missing]
+            _lock(g, w, g[WRITER, missing], 1)
+            depth += 1
+            continue
+        held = _make_room(g, duration, order, rule, w, x, now, i, held, room)
+        if held < 0 or length == len(sequence):
+            return -1, length
+        depth -= 1
+        _lock(g, w, i, -1)
+        sequence[length] = i
+        length += 1
+        w[RAN, i] = 1
+        for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
+            held += g[SIZE, g[WRITES, k]] * (1 - w[HERE, g[WRITES, k]])
+            w[HERE, g[WRITES, k]] = 1
+    return held, length
+
+
+@compiled
 def _evicting(g, duration, order, rule, room, w, x, sequence):
     """Fill ``sequence`` with runs that hold at most ``room`` bytes; how many, or -1 where there is no way on."""
-    held, length = 0, 0
-    for now in range(g[COUNT, OPS]):
-        w[STACK, 0] = order[now]
-        _lock(g, w, order[now], 1)
-        depth = 1
-        while depth > 0:  # an op waits on the stack until its operands have been made again
-            i = w[STACK, depth - 1]
-            missing = -1
-            for k in range(g[READ_ROW, i], g[READ_ROW, i + 1]):
-                if w[HERE, g[READS, k]] == 0:
-                    missing = g[WRITER, g[READS, k]]
-                    break
-            if missing >= 0:
-                if g[ONCE, missing] == 1 or depth == g[COUNT, OPS]:
-                    return -1
-                w[STACK, depth] = missing
-                _lock(g, w, missing, 1)
-                depth += 1
-                continue
-            held = _make_room(g, duration, order, rule, w, x, now, i, held, room)
-            if held < 0 or length == len(sequence):
+    n, held, length = g[COUNT, OPS], 0, 0
+    for now in range(n):
+        held, length = _run(g, duration, order, rule, room, w, x, sequence, now, order[now], held, length)
+        if held < 0:
+            return -1
+    for b in range(g[COUNT, BUFFERS]):
+        w[LOCKED, b] += g[IS_OUTPUT, b]
+    for b in range(g[COUNT, BUFFERS] - 1, -1, -1):  # what was made last needs what is still there
+        if g[IS_OUTPUT, b] == 1 and g[WRITER, b] >= 0 and w[HERE, b] == 0:
+            held, length = _run(g, duration, order, rule, room, w, x, sequence, n, g[WRITER, b], held, length)
+            if held < 0:
                 return -1
-            depth -= 1
-            _lock(g, w, i, -1)
-            sequence[length] = i
-            length += 1
-            w[RAN, i] = 1
-            for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
-                held += g[SIZE, g[WRITES, k]] * (1 - w[HERE, g[WRITES, k]])
-                w[HERE, g[WRITES, k]] = 1
     return length
 
 
@@ -195,7 +237,7 @@ def evicting(graph: Graph, order: Sequence[int], room: int, rule: Rule) -> tuple
     w = np.zeros((6, max(buffers, n, 1)), np.int64)
     w[POSITION, first] = np.arange(n)
     sequence: Ints = np.zeros(LONGEST * n, np.int64)
-    x = np.zeros((4, max(1, buffers)))
-    length = _evicting(graph.table, graph.time, first, np.array(rule), room, w, x, sequence)
+    x = np.zeros((5, max(1, buffers)))
+    length = _evicting(graph.table, graph.time, first, np.array(rule, np.float64), room, w, x, sequence)
     work = n * (1 + int(w[WORK, 0]))
     return (None if length < 0 else tuple(int(i) for i in sequence[:length])), work

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from memplan.solvers.recompute.search import DEFAULT, SOLVER, Search
 from memplan.validate import check_sequence
 
 ORDER_WORK = 0.1  # of the order solver's default effort, for an order that needs no recomputation or a good start
-HALVINGS = 10  # of the interval between the bound and the lowest peak, for each rule of eviction: to 0.1 % of it
-EVICTION_WORK = 500_000_000  # ops that the evictions together may look at: 5 s
+STEPS = (1 / 4, 1 / 16, 1 / 64, 1 / 256)  # down from the lowest peak, in shares of what is left above the bound
+EVICTION_WORK = 200_000_000  # ops that the evictions together may look at: 5 s
 LOWERINGS = 8  # targets that annealing sets itself one after the other
 LOWERING_MOVES = 0.2  # of a solve's moves, for all of them together
 
@@ -40,11 +41,10 @@ def lowest_sequence(
     order = tuple(best_order(search, enough) if start is None else start)
     search.offer(stored)
     search.offer(order)
-    try:
-        _evict(search, (stored, order), floor - resident, enough - resident)
-        _anneal(search, floor - resident, enough - resident)
-    finally:
-        search.best.time[0] = np.inf  # what kept a target need not keep the caller's budget
+    _evict(search, (stored, order), floor - resident, enough - resident)
+    _anneal(search, floor - resident, enough - resident)
+    _evict(search, (search.lowest(),), floor - resident, enough - resident)
+    _anneal(search, floor - resident, enough - resident)
     return search.lowest(), order
 
 
@@ -65,27 +65,22 @@ def is_valid(problem: Problem, sequence: Sequence[int]) -> bool:
     return True
 
 
-def _evict(search: Search, orders: Sequence[Sequence[int]], floor: int, enough: int) -> None:
-    """For each order and rule, halve the interval between the bound and the lowest peak so far."""
+def _evict(search: Search, orders: Iterable[Sequence[int]], floor: int, enough: int) -> None:
+    """For each rule and order, go down from the lowest peak so far in long steps while they fit, then in short ones."""
     left = int(EVICTION_WORK * search.limits.work)
     firsts = dict.fromkeys(tuple(dict.fromkeys(order)) for order in orders)
-    for rule in RULES:
-        for order in firsts:
-            failed = floor - 1
-            for _ in range(HALVINGS):
-                lowest = int(search.best.low[1])
-                if lowest <= max(floor, enough) or left <= 0 or search.out_of_time():
-                    return
-                room = (failed + lowest) // 2
-                if room == failed:
-                    break
-                sequence, work = evicting(search.graph, order, room, rule)
-                left -= work
-                if sequence is None or not is_valid(search.problem, sequence):
-                    failed = room
-                else:
-                    search.offer(sequence)
-            search.say(f"eviction: lowest peak {search.best.low[1]}")
+    for step, rule, order in product(STEPS, RULES, firsts):
+        fits = True
+        while fits:
+            lowest = int(search.best.low[1])
+            if lowest <= max(floor, enough) or left <= 0 or search.out_of_time():
+                return
+            sequence, work = evicting(search.graph, order, lowest - max(1, int(step * (lowest - floor))), rule)
+            left -= work
+            fits = sequence is not None and is_valid(search.problem, sequence)
+            if sequence is not None and fits:
+                search.offer(sequence)
+    search.say(f"eviction: lowest peak {search.best.low[1]}")
 
 
 def _anneal(search: Search, floor: int, enough: int) -> None:
@@ -99,8 +94,10 @@ def _anneal(search: Search, floor: int, enough: int) -> None:
         target = max(floor, lowest - max(1, int((lowest - floor) * step)))
         search.load(search.lowest(), target)
         price = search.first_price()
-        search.best.time[0] = np.inf
-        search.anneal(int(LOWERING_MOVES * search.moves / LOWERINGS), search.typical, 0.05 * search.typical, price)
+        try:
+            search.anneal(int(LOWERING_MOVES * search.moves / LOWERINGS), search.typical, 0.05 * search.typical, price)
+        finally:
+            search.best.time[0] = np.inf  # what kept a target need not keep the caller's budget
         step = min(0.25, 1.5 * step) if search.best.low[1] <= target else 0.5 * step
         search.say(f"lowering {at + 1} of {LOWERINGS}: lowest peak {search.best.low[1]}, target {target}")
 

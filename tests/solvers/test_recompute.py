@@ -259,6 +259,19 @@ def test_eviction_keeps_a_chain_of_a_hundred_in_a_tenth_of_its_memory(rule: Rule
     assert sequence is not None and len(sequence) < 400, "about one more forward"
 
 
+def test_an_output_may_go_and_be_made_again_at_the_end() -> None:
+    """A gradient that is made beside what the rest needs would otherwise stand in the way of the largest op."""
+    problem = Problem(
+        buffers=(Buffer("needed", 1), Buffer("gradient", 4), Buffer("loss", 1)),
+        ops=(Op("split", writes=(0, 1), time=1.0), Op("wide", reads=(0,), writes=(2,), time=1.0, workspace=8)),
+        outputs=(1, 2),
+    )
+    assert stored_peak(problem) == 14
+    low = minimise_peak(problem, limits=SHORT)
+    validate(problem, low)
+    assert low.sequence == (0, 1, 0) and low.peak == low.peak_bound == 10
+
+
 @pytest.mark.parametrize("seed", (1, 2, 4))
 def test_frontiers_are_monotone(seed: int) -> None:
     problem = random_problem(seed)
