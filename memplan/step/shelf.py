@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from memplan.errors import TierError
 from memplan.runtime import homes
+from memplan.runtime.disk import SpillFile
 from memplan.runtime.space import aligned
 from memplan.step.capture import Trained
 from memplan.step.update import State
@@ -32,8 +35,14 @@ class Shelf:
         self._end = 0
 
     def send_home(self, one: Trained, state: State) -> None:
-        """Move a parameter's states to the disk, where they belong there. Raises TierError where there is no room."""
-        for name in self._missing(one, state) if one.home else ():
+        """Move a parameter's states to the disk, where they belong there.
+
+        Raises TierError where there is no room, and where the file is of the process that this one was forked from.
+        """
+        if not one.home:
+            return
+        _check_owner(one, state)
+        for name in self._missing(one, state):
             self._memory = self._memory or homes.unnamed_file(self._size, self._directory)
             source = state[name]
             state[name] = homes.mapped(self._memory, self._end, source.shape, source.dtype).copy_(source)
@@ -41,3 +50,14 @@ class Shelf:
 
     def _missing(self, one: Trained, state: State) -> list[str]:
         return [name for name in one.update.states if state.get(name) is None or homes.home_of(state[name]) is None]
+
+
+def _check_owner(one: Trained, state: State) -> None:
+    """The file's pages are shared with the process that made it, which goes on to change them."""
+    for name in one.update.states:
+        home = None if state.get(name) is None else homes.home_of(state[name])
+        if home is not None and isinstance(home.file, SpillFile) and home.file.owner != os.getpid():
+            raise TierError(
+                f"the optimizer's state of {one.name} lies in a file of the process that this one was forked from; "
+                "load_state_dict() gives this process its own"
+            )
