@@ -272,6 +272,34 @@ def test_file_truncated_between_forward_and_backward(
     assert_same(step(run, net, 1), wanted[1])
 
 
+def test_forked_between_forward_and_backward(
+    wanted: list[list[torch.Tensor]], net: Net, offloading: None, tmp_path: Path
+) -> None:
+    """The child may not read what its parent goes on to overwrite; a step of its own works, in a file of its own."""
+    run = compiled(net, **{"swap.directory": str(tmp_path)})
+    step(run, net)
+    torch.manual_seed(1)
+    net.zero_grad(set_to_none=True)
+    loss = run(inputs(1))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            try:
+                loss.backward()
+            except TierError as error:
+                code = 2 if "fork" in str(error) else 3
+            found = step(run, net, 2)
+            same = all(torch.equal(a, b) for a, b in zip(found, wanted[2], strict=True))
+            code = 0 if code == 2 and same else code
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loss.backward()
+    assert_same([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)], wanted[1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_exception_in_the_middle_of_a_step(
     wanted: list[list[torch.Tensor]], net: Net, offloading: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

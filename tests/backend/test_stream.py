@@ -147,6 +147,17 @@ def test_a_file_truncated_under_us(model: Model, tmp_path: Path) -> None:
     assert torch.equal(run(IDS), wanted)
 
 
+@torch.no_grad()
+def test_a_file_deleted_under_us(model: Model, tmp_path: Path) -> None:
+    wanted = model(IDS)
+    file = save(model, tmp_path / "model.safetensors")
+    memplan.stream_weights(model, file)
+    run = compiled(model, sum(p.nbytes for p in model.parameters()) // 3)
+    file.unlink()  # its bytes live on as long as they are mapped
+    for _ in range(2):
+        assert torch.equal(run(IDS), wanted)
+
+
 def test_sharded(model: Model, tmp_path: Path) -> None:
     save(model, tmp_path / "one.safetensors")
     index = tmp_path / "model.safetensors.index.json"
