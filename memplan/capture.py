@@ -100,8 +100,12 @@ def input_nodes(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Draws from the default generator."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Draws from the default generator; attention that drops nothing does not, whatever its tag says."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    places = [k for k, argument in enumerate(target._schema.arguments) if argument.name == "dropout_p"]
+    return not places or bool(node.args[places[0]] if places[0] < len(node.args) else node.kwargs.get("dropout_p"))
 
 
 def module_path(node: fx.Node) -> str:

@@ -29,6 +29,8 @@ class Normalise:
       whole storage, the tensor that it overwrites.
     * A copy that changes nothing (dropout of probability 0 leaves one) disappears, as it does in eager.
     * A batch norm's backward in training ignores the running statistics; they are no longer held for it.
+    * A convolution's backward becomes the gradient of the weight, then that of the input, two kernels within aten's one:
+      what it reads dies between them.
     """
 
     name: ClassVar[str] = "normalise"
@@ -92,6 +94,49 @@ def _drop_copy(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
+def _split_convolution(graph: fx.Graph, node: fx.Node) -> bool:
+    *rest, wanted = cast(tuple[Any, ...], node.args)
+    values = node.meta["val"]
+    if not wanted[0] or not any(wanted[1:]):
+        return False
+    gradient, source, *rest = rest
+    with graph.inserting_before(node):
+        of_weight = _call(
+            graph, node, node.target, (gradient, source, *rest, [False, *wanted[1:]]), (None, *values[1:])
+        )
+        shape = _shaped_as(graph, node, gradient, source)
+        of_input = _call(
+            graph, node, node.target, (gradient, shape, *rest, [True, False, False]), (values[0], None, None)
+        )
+    for user in list(node.users):
+        user.update_arg(0, of_weight if user.args[1] else of_input)
+    graph.erase_node(node)
+    return True
+
+
+def _shaped_as(graph: fx.Graph, node: fx.Node, memory: fx.Node, source: fx.Node) -> fx.Node:
+    """A view of ``memory`` that looks like ``source``, where it is large enough; else ``source`` itself.
+
+    For kernels that ask a tensor for its shape alone: a convolution is linear, the gradient of its input no function of
+    the input."""
+    given, value = memory.meta["val"], source.meta["val"]
+    mode = torch_compat.detect_fake_mode([given])
+    if mode is None or torch_compat.free_symbols(given) or torch_compat.free_symbols(value):
+        return source
+    if not _is_dense(given) or not _is_dense(value) or given.storage_offset() != 0:
+        return source
+    if given.numel() < value.numel() or given.dtype != value.dtype:
+        return source
+    args = (list(value.shape), list(value.stride()), 0)
+    with mode:
+        view = given.as_strided(*args)
+    return _call(graph, node, aten.as_strided.default, (memory, *args), view)
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    return value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
+
+
 def _copy_as_clone(graph: fx.Graph, node: fx.Node) -> bool:
     """For equal shapes and dtypes; ``new_empty_strided`` and the like are then read by nothing."""
     target, source = node.args[0], node.args[1]
@@ -124,6 +169,7 @@ def _border(graph: fx.Graph) -> list[fx.Node]:
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], bool]] = {
     aten.clone.default: _drop_copy,
     aten.copy.default: _copy_as_clone,
+    aten.convolution_backward.default: _split_convolution,
     aten.native_dropout.default: _split_dropout,
     aten.native_batch_norm_backward.default: _drop_running_statistics,
 }

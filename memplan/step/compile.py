@@ -20,6 +20,7 @@ from memplan.devices import profile_for
 from memplan.errors import InputError, MemplanError, OptionError, UnsupportedError
 from memplan.options import Options
 from memplan.passes.normalise import Normalise
+from memplan.passes.simplify import Simplify
 from memplan.planner import Planned, plan_capture
 from memplan.problem import Phase, Problem
 from memplan.runtime.arena import Script
@@ -215,6 +216,7 @@ class Step:
         joint, forward_outputs = found
         check_supported(joint)
         Normalise().apply(joint)
+        Simplify().apply(joint)
         updates = updates_of(self._optimizer)
         places = _places(joint)
         trained = {}

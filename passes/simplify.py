@@ -1,0 +1,23 @@
+"""What every captured graph goes through before a Problem is read from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from memplan.passes.duplicates import MergeDuplicates
+from memplan.passes.masks import KnownMasks
+
+
+@dataclass(frozen=True)
+class Simplify:
+    """Less to compute and to hold, with the same bits, whatever the budget."""
+
+    name: ClassVar[str] = "simplify"
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        """Returns whether the graph changed."""
+        modified = [rewrite.apply(graph_module) for rewrite in (KnownMasks(), MergeDuplicates())]
+        return any(modified)
