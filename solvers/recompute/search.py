@@ -99,10 +99,17 @@ class Search:
         self.price = float(price[0])
         self.say(f"round done: best time {self.best.time[0]:.6g}, lowest peak {self.best.low[1]}")
 
-    def rounds(self, sequence: Sequence[int], room: int, each: Iterable[tuple[float, float, float]]) -> None:
-        """Rounds that all begin at ``sequence``."""
+    def rounds(
+        self, sequence: Sequence[int], room: int, each: Iterable[tuple[float, float, float]], patience: int
+    ) -> None:
+        """Rounds that all begin at ``sequence``, until ``patience`` in a row have found nothing better."""
+        vain = 0
         for share, hot, cold in each:
+            before = self.best.time[0]
             self.round(sequence, room, share, hot, cold)
+            vain = 0 if self.best.time[0] < before else vain + 1
+            if vain == patience:
+                return
 
     def twin(self) -> Search:
         """A search of its own on the same problem, with other random numbers."""

@@ -26,6 +26,7 @@ HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
 # Restarts on each of two cores where a gap is left: ends of equal rounds differ much (random_layered_n250 at 60 %: 9.4
 # to 13.6 % in ten of 0.1, against 11.2 in one of 1.0), so many short ones find more than a long one.
 WIDE, RESTARTS = (0.1, 1.0, 0.01), 8
+PATIENCE = 3  # restarts in a row that find nothing better: then the others rarely do
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
 EXACT = 1e-6  # of the added time: the tolerance to which HiGHS keeps constraints, so a bound this close is met
@@ -130,13 +131,14 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
     fixed = max(relaxed.bound if relaxed.bound < np.inf else total, recompute_bound(problem, budget))
     search.say(f"presence programs: no plan in stored order is faster than {fixed:.6g}")
     if relaxed.sequence is not None and is_valid(problem, relaxed.sequence):
-        search.round(relaxed.sequence, room, *(COLD if small else BRIEF))
+        search.round(relaxed.sequence, room, *(COLD if small and not free else BRIEF))
     # A plan faster than the bound for the stored order has another order, and that bound says nothing about it.
     if not fixed * (1 - 1e-9) <= search.best.time[0] <= fixed * (1 + CLOSE):
         if free or search.best.time[0] > fixed * (1 + WORTHWHILE):
             again = (WIDE,) * RESTARTS if small else (HOT,)
             search.beside(
-                lambda: search.rounds(start or stored, room, again), lambda: twin.rounds(start or stored, room, again)
+                lambda: search.rounds(start or stored, room, again, PATIENCE),
+                lambda: twin.rounds(start or stored, room, again, PATIENCE),
             )
             search.adopt(twin)
         search.round(search.fastest() or ordered, room, *COLD)
