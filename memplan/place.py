@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from memplan.build_problem import TANGENTS
@@ -34,6 +35,7 @@ class Layout:
     load: int
     unseen: int  # the part of ``outside`` that kernels take past torch's allocator
     outside: int
+    crosses: bool  # something in the arena lives from the forward into the backward
 
     @property
     def fragmentation(self) -> float:
@@ -53,13 +55,20 @@ class Region:
     until: float
 
 
-def place(program: Program, workspaces: Mapping[int, int], unseen: int, limits: Limits | None = None) -> Layout:
-    """Offsets for a joint Program, checked. Forward outputs stay outside: the user may keep them for any time.
+def place(
+    program: Program,
+    workspaces: Mapping[int, int],
+    unseen: int,
+    beside: AbstractSet[int] = frozenset(),
+    limits: Limits | None = None,
+) -> Layout:
+    """Offsets for a joint Program, checked. Forward outputs stay outside: the user may keep them for any time; and so do
+    the storages ``beside``.
 
     ``workspaces``: for a step, the bytes that its kernel takes from torch's allocator while it runs. ``unseen``: the
     most that any kernel takes past it.
     """
-    outside = set(program.resident) | _handed(program)
+    outside = set(program.resident) | _handed(program) | beside
     lives = _lives(program)
     placed = [s for s in lives if s not in outside and program.storages[s].size > 0]
     working = [(at, size) for at, size in workspaces.items() if size > 0]
@@ -79,6 +88,7 @@ def place(program: Program, workspaces: Mapping[int, int], unseen: int, limits: 
         _load(problem),
         unseen,
         _most(program, lives, outside - set(program.resident)) + unseen + _BOOKKEEPING,
+        any(lives[s][0] < at < lives[s][1] for s in placed for at in _handover(program)),
     )
 
 
@@ -106,8 +116,13 @@ def place_temporaries(temporaries: Sequence[tuple[int, float, float]], regions: 
 
 def _handed(program: Program) -> set[int]:
     """Storages that cross to the user or come from it within the step, gradients of parameters excepted."""
-    tangents = {s for step in program.steps if step.name == TANGENTS for s in step.makes}
+    tangents = {s for at in _handover(program) for s in program.steps[at].makes}
     return tangents | {s for s, storage in enumerate(program.storages) if storage.category == Category.OUTPUT}
+
+
+def _handover(program: Program) -> list[int]:
+    """The step between forward and backward, where there is one."""
+    return [at for at, step in enumerate(program.steps) if step.name == TANGENTS]
 
 
 def _lives(program: Program) -> dict[int, tuple[int, int]]:

@@ -93,6 +93,7 @@ class Pool:
         self._arenas: list[int] = []  # never bound anew: the finalizer holds it
         weakref.finalize(self, _close, self._arenas).atexit = False
         self.results = self.unplaced = 0  # storages with a place in the arena, and without
+        self._missed: dict[int, tuple[int, ...]] = {}  # by step: storages that its kernel does not take from torch
         with Pool._lock:
             Pool._all.add(self)
 
@@ -119,6 +120,11 @@ class Pool:
         at = self._planned.get(step.name)
         return None if at is None else (at, self.program.steps[at].makes)
 
+    def missed(self, step: int, made: tuple[int, ...]) -> None:
+        """The kernel of a step of the joint Program allocates otherwise than planned: it runs without the arena."""
+        self._missed[step] = made
+        self.unplaced += len(made)
+
     def storage(self, index: int) -> Place:
         stored = self.program.storages[index]
         return Place(stored.size, self.layout.offsets.get(index, -1), stored.category == Category.GRADIENT)
@@ -136,9 +142,12 @@ class Pool:
     def _fit(self) -> None:
         needs = {at: need for script in self._scripts for at, need in script.workspaces().items()}
         given = self.layout.workspaces
-        if all(need <= given[at][1] if at in given else need == 0 for at, need in needs.items()):
+        fits = all(need <= given[at][1] if at in given else need == 0 for at, need in needs.items())
+        if fits and not self._missed:
             return
-        self.layout = place(self.program, needs, self.layout.unseen)
+        beside = {storage for made in self._missed.values() for storage in made}
+        past = max((self.program.steps[at].workspace for at in self._missed), default=0)
+        self.layout = place(self.program, needs, self.layout.unseen + past, beside)
         self._beyond = self.layout.height + self.layout.outside
         if self._budget is not None and self._resident + self._beyond > self._budget:
             log.info("no arena: with what kernels were seen to take it would not fit the budget")
@@ -157,8 +166,9 @@ class Pool:
             self._pending = begins and self._waiting > 0 and self._parts > 1
             if self.off or self._waiting:
                 return False
-            arena = self._fresh() if begins else self._of(args)
+            arena = self._fresh() if begins or not self.layout.crosses else self._of(args)
             if arena is None:
+                self.release_idle()  # what runs without an arena must not do so beside one
                 return False
             library.begin(script, arena)
             return True
@@ -323,6 +333,7 @@ class Script:
         if planned is None:
             return
         step, made = planned
+        made = tuple(storage for storage in made if self._pool.program.storages[storage].size)
         allocations = native.recorded(self._library)
         born = {a.address: k for k, a in enumerate(allocations)}  # an address used twice: the last is the result
         found = dict.fromkeys(born.get(t.untyped_storage().data_ptr(), -1) for t in tensors(value))
@@ -330,7 +341,7 @@ class Script:
         if len(found) == len(made):
             self._kernels_seen[at] = _Kernel(step, tuple(allocations), dict(zip(found, made, strict=True)))
         else:
-            self._pool.unplaced += len(made)
+            self._pool.missed(step, made)
 
     def workspaces(self) -> dict[int, int]:
         """For each step of the joint Program the bytes that its kernel needs beyond its results."""
