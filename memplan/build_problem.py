@@ -340,18 +340,20 @@ _STATISTICS_TARGETS = {str(target) for target in _STATISTICS_ONLY}
 
 
 def _cost(model: CostModel, node: fx.Node) -> Cost:
-    """Cost of a kernel; a drawn op costs what the op under it costs."""
+    """Cost of a kernel; a drawn op costs what the op under it costs, and when it is replayed on a CPU the state of the
+    generator that it leaves as it found it."""
     if node.target is rng_state:
         return Cost(time=5.0, workspace=0)  # a copy of 5 KB through Python: 3-6 us measured
     if node.target is not draw:
         return model.cost(node)
-    _, _, op, *args = node.args
+    state, device, op, *args = node.args
     graph = fx.Graph()
     plain = graph.call_function(op, tuple(args), dict(node.kwargs))  # type: ignore[arg-type]
     plain.meta = node.meta
     cost = model.cost(plain)
     graph.erase_node(plain)  # or its operands would count it among their users
-    return cost
+    kept = state.meta["val"].numel() if device == "cpu" else 0  # type: ignore[union-attr]
+    return replace(cost, workspace=cost.workspace + kept)
 
 
 def _schema(node: fx.Node) -> torch.FunctionSchema | None:
