@@ -13,6 +13,9 @@ from memplan.program import Program
 from memplan.solvers.placement import PlacementProblem, check_placement, solve_placement
 
 ALIGNMENT = 64  # bytes; torch's own CPU allocator aligns to it, so kernels choose the same code paths
+# Bytes up to which torch places a storage itself: a kernel wraps numbers in tensors at one call and not at the next, and
+# a result of the same size that took such a tensor's place would push out what is planned there afterwards.
+SCALAR = ALIGNMENT
 # Most Programs meet their bound within the constructive fits; the rest of the default effort buys fractions of a percent.
 _WORK = 0.1
 _SECONDS = 20.0
@@ -62,13 +65,14 @@ def place(
     beside: AbstractSet[int] = frozenset(),
     limits: Limits | None = None,
 ) -> Layout:
-    """Offsets for a joint Program, checked. Forward outputs stay outside: the user may keep them for any time; and so do
-    the storages ``beside``.
+    """Offsets for a joint Program, checked. Forward outputs stay outside: the user may keep them for any time; so do the
+    storages ``beside``, and scalars.
 
     ``workspaces``: for a step, the bytes that its kernel takes from torch's allocator while it runs. ``unseen``: the
     most that any kernel takes past it.
     """
     outside = set(program.resident) | _handed(program) | beside
+    outside |= {s for s, storage in enumerate(program.storages) if storage.size <= SCALAR}
     lives = _lives(program)
     placed = [s for s in lives if s not in outside and program.storages[s].size > 0]
     working = [(at, size) for at, size in workspaces.items() if size > 0]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from memplan.capture import tensors
-from memplan.place import Layout, Region, place, place_temporaries
+from memplan.place import SCALAR, Layout, Region, place, place_temporaries
 from memplan.problem import Category
 from memplan.program import Program, Step, StepKind
 from memplan.runtime import native
@@ -364,7 +364,8 @@ class Script:
     def _temporaries(self, seen: _Kernel) -> tuple[dict[int, Place], int]:
         """Places of what a kernel takes for itself, and how many bytes of them lie outside its results' places."""
         base, _ = self._pool.layout.workspaces.get(seen.step, (0, 0))
-        own = [k for k in range(len(seen.allocations)) if k not in seen.results]
+        others = [k for k in range(len(seen.allocations)) if k not in seen.results]
+        own = [k for k in others if seen.allocations[k].size > SCALAR]
         spans = [(a.size, a.born, a.died) for a in (seen.allocations[k] for k in own)]
         regions = []
         for k, storage in seen.results.items():
@@ -377,5 +378,6 @@ class Script:
             (o + size - beyond.offset for o, (size, *_) in zip(offsets, spans, strict=True) if o >= beyond.offset),
             default=0,
         )
-        real = [o - _BEYOND if o >= _BEYOND else o for o in offsets]
-        return {k: Place(seen.allocations[k].size, o, kept=False) for k, o in zip(own, real, strict=True)}, need
+        found = dict.fromkeys(others, -1)
+        found |= {k: o - _BEYOND if o >= _BEYOND else o for k, o in zip(own, offsets, strict=True)}
+        return {k: Place(seen.allocations[k].size, o, kept=False) for k, o in found.items()}, need
