@@ -25,6 +25,8 @@ from memplan.options import Options
 from memplan.plans import Plan
 from memplan.problem import Problem, Tier
 from memplan.program import Program
+from memplan.runtime import native
+from memplan.runtime.arena import Pool
 from tests.peak import peak_above
 from tests.stays import with_stays
 
@@ -134,6 +136,23 @@ def test_measured_peak_is_the_predicted_one(net: Net, offloading: None) -> None:
     planned = recent_plans()[-1]
     above = planned.timeline.peak - planned.problem.resident_bytes
     assert 0.97 * above <= measured <= above
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler builds arena.cpp here")
+def test_measured_peak_in_an_arena(net: Net, offloading: None) -> None:
+    run = compiled(net, memory_budget="130%", runtime_estimator="profile", **{"placement.enabled": True})
+    x = inputs()
+
+    def once() -> None:
+        run(x).backward()
+        net.zero_grad(set_to_none=True)
+
+    measured = peak_above(once, warm_ups=2)
+    planned = recent_plans()[-1]
+    gc.collect()
+    (pool,) = [pool for pool in Pool.all() if pool.program is planned.lowered.program]
+    assert not pool.off
+    assert planned.problem.resident_bytes + measured <= pool.layout.held(pool.program) <= (planned.budget or 0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
