@@ -1,9 +1,10 @@
 """What fusion does to a step on the CPU: its time, what of it products leave to be saved, and the smallest budget.
 
 ``python benchmarks/fusion.py steps --models gpt resnet`` times unfused memplan, fused memplan and Inductor, without a
-budget and under one, in one process a model and in turns; time is the processor's. ``products`` is the share of the
-unfused step that matrix products, convolutions and attention take: the ratio that free kernels for all else would reach.
-``same_bits``: whether the gradients with a budget are those without one, bit for bit.
+budget and under some, in one process a model and in turns; time is the processor's, that of C++ compilers apart.
+``peak_above``: bytes that the allocator's events of one step rise to, gradients included. ``products`` is the share of
+the unfused step that matrix products, convolutions and attention take: the ratio that free kernels for all else would
+reach. ``same_bits``: whether the gradients with a budget are those without one, bit for bit.
 
 ``python benchmarks/fusion.py smallest`` predicts the smallest peak of a step as it is, with regions, and with the
 rewrites of attention, loss and MLPs as well, over shapes alone: no kernel is compiled, the regions' own workspace is
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from measure import HERE
 from torch.profiler import ProfilerActivity, profile
 
 from memplan.backend import compile_with, recent_plans
+from memplan.errors import BudgetInfeasibleError
 from memplan.lower import lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
@@ -37,61 +41,78 @@ from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.fuse import Fuse
 from memplan.planner import Planned
 from memplan.simulate import simulate
+from memplan.torch_compat import allocation_events
 
 Record = dict[str, Any]
 TRANSFORMERS = ("gpt", "gpt2", "bert", "llama", "t5", "vit")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "conv", "scaled_dot_product")
 
 
-def contenders(budget: str) -> dict[str, Record]:
+def contenders(budgets: Sequence[str]) -> dict[str, Record]:
     """Arguments of torch.compile by name."""
-    fused, bounded = {"fusion.enabled": True}, {"memory_budget": budget}
-    return {
+    fused = {"fusion.enabled": True}
+    found: dict[str, Record] = {
         "unfused": {"backend": "memplan"},
         "fused": {"backend": "memplan", "options": fused},
         "inductor": {"backend": "inductor"},
-        f"unfused@{budget}": {"backend": "memplan", "options": bounded},
-        f"fused@{budget}": {"backend": "memplan", "options": fused | bounded},
     }
+    for budget in budgets:
+        found[f"unfused@{budget}"] = {"backend": "memplan", "options": {"memory_budget": budget}}
+        found[f"fused@{budget}"] = {"backend": "memplan", "options": fused | {"memory_budget": budget}}
+    return found
 
 
-def steps(model: str, size: str, budget: str, repetitions: int) -> Record:
-    """Times of one model's step; runs in a process of its own."""
+def steps(model: str, size: str, budgets: Sequence[str], repetitions: int) -> Record:
+    """Times of one model's step; runs in a process of its own. A contender that refuses its budget has no times."""
     torch.set_num_threads(1)
     workload = zoo.build(model, size)  # type: ignore[arg-type]
     run: dict[str, Callable[[], None]] = {}
     rows: dict[str, Record] = {}
     gradients: dict[str, list[Any]] = {}
-    for name, how in contenders(budget).items():
+    for name, how in contenders(budgets).items():
         compiled = torch.compile(workload.model, **how)
 
         def step(compiled: Callable[..., torch.Tensor] = compiled) -> None:
             workload.model.zero_grad(set_to_none=True)
             compiled(**workload.inputs).backward()
 
-        run[name], rows[name] = step, {"first_step_s": _seconds(step), "cpu_s": []}
-        gradients[name] = [p.grad for p in workload.model.parameters()]
-        if name != "inductor":
-            planned = recent_plans()[-1]
-            rows[name] |= {"held": planned.held, "regions": len(planned.fused.calls) if planned.fused else 0}
-        step()
+        try:
+            rows[name] = _first(step, planned=name != "inductor")
+        except BudgetInfeasibleError as refused:
+            rows[name] = {"smallest": refused.smallest}
+            continue
+        run[name], gradients[name] = step, [p.grad for p in workload.model.parameters()]
     for _ in range(repetitions):
         for name, step in run.items():
             rows[name]["cpu_s"].append(_seconds(step))
-    ratios = {
-        "fused/unfused": _ratio(rows, "fused", "unfused"),
-        f"fused/unfused@{budget}": _ratio(rows, f"fused@{budget}", f"unfused@{budget}"),
-        "unfused/inductor": _ratio(rows, "unfused", "inductor"),
-        "fused/inductor": _ratio(rows, "fused", "inductor"),
-    }
-    same = {n: _equal(gradients[n], gradients[f"{n}@{budget}"]) for n in ("unfused", "fused")}
+    pairs = [("fused", "unfused"), ("unfused", "inductor"), ("fused", "inductor")]
+    pairs += [(f"fused@{budget}", f"unfused@{budget}") for budget in budgets]
+    ratios = {f"{own}/{other}": _ratio(rows, own, other) for own, other in pairs if {own, other} <= run.keys()}
+    bounded = [name for name in gradients if "@" in name]
+    same = {name: _equal(gradients[name.partition("@")[0]], gradients[name]) for name in bounded}
     return {"size": size, "products": _products(run["unfused"]), "ratios": ratios, "same_bits": same, "rows": rows}
+
+
+def _first(step: Callable[[], None], planned: bool) -> Record:
+    """What compiling took, and what the second step rises to."""
+    compilers = _compilers_seconds()
+    row: Record = {"first_step_s": _seconds(step), "compilers_s": _compilers_seconds() - compilers}
+    if planned:
+        plan = recent_plans()[-1]
+        row |= {"held": plan.held, "regions": len(plan.fused.calls) if plan.fused else 0}
+    return row | {"peak_above": max(accumulate(allocation_events(step)[1], initial=0)), "cpu_s": []}
 
 
 def _seconds(step: Callable[[], None]) -> float:
     start = time.process_time()
     step()
     return time.process_time() - start
+
+
+def _compilers_seconds() -> float:
+    """Processor time of the C++ compilers so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _ratio(rows: dict[str, Record], name: str, base: str) -> float:
@@ -151,7 +172,7 @@ def main() -> None:
     parser.add_argument("what", choices=["steps", "smallest"])
     parser.add_argument("--models", nargs="+", choices=list(zoo.MODELS), metavar="MODEL")
     parser.add_argument("--size", choices=["small", "bench"])
-    parser.add_argument("--budget", default="50%")
+    parser.add_argument("--budgets", nargs="+", default=["50%", "25%"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fusion.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -160,14 +181,14 @@ def main() -> None:
     models = given.models or (("gpt", "resnet") if given.what == "steps" else TRANSFORMERS)
     if given.worker:
         row = (
-            steps(models[0], size, given.budget, given.repetitions)
+            steps(models[0], size, given.budgets, given.repetitions)
             if given.what == "steps"
             else smallest(*models, size)
         )
         print(json.dumps(row))
         return
     for model in models:
-        arguments = ["--worker", "--models", model, "--size", size, "--budget", given.budget]
+        arguments = ["--worker", "--models", model, "--size", size, "--budgets", *given.budgets]
         command = [sys.executable, __file__, given.what, *arguments, "--repetitions", str(given.repetitions)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])

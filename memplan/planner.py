@@ -25,7 +25,7 @@ from memplan.passes.reuse import Reuse
 from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout, place
 from memplan.plans import Plan
-from memplan.problem import Problem
+from memplan.problem import Phase, Problem
 from memplan.program import StepKind
 from memplan.runtime.tiers import Store
 from memplan.simulate import Timeline, simulate
@@ -35,6 +35,8 @@ from memplan.validate import check_sequence, validate
 log = logging.getLogger("memplan")
 
 _FUSION_ATTEMPTS = 3  # times that bytes which regions free go back to the planner
+_SHARES = (0.5, 0.65)  # of the unplanned peak, tried without a budget: what GPT-2 and Llama recompute there is free
+_AS_FAST = 1.01  # of the time: closer than estimates are to what is measured
 _WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
 _ARENA_ATTEMPTS = 3  # placements tried before the arena is given up
 _ARENA_MAY_COST = 1.01  # slowdown of the plan that an arena may cost; it saves 5-9 % on a ResNet in page faults
@@ -192,12 +194,15 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
 def _fused(planned: Planned, budget: int | None, options: Options, limits: Limits) -> Planned:
     """The plan with its regions. Where they leave bytes of the budget free, those go back to the planner: less is
     recomputed as long as the fused Program keeps the budget and gets faster."""
+    if budget is None:
+        free, limit = _free_of_time(planned, options, limits) if options.objective == "time" else (planned, None)
+        return _contracted(realise(free.built, free.plan, options), Fuse(limit, options.lowering))
     trial = Fuse(budget, options.lowering, measured=False)
     best = _contracted(planned, trial)
-    if budget is not None and best.timeline.peak > budget:
+    if best.timeline.peak > budget:
         return best  # refused: no kernel's workspace would help
     for _ in range(_FUSION_ATTEMPTS):
-        if budget is None or not best.plan.recomputed or not options.recompute_enabled:
+        if not best.plan.recomputed or not options.recompute_enabled:
             break
         freed, missing = budget - best.timeline.peak, best.plan.unplanned_peak - budget
         if freed < _WORTH_SOLVING * missing:
@@ -214,9 +219,30 @@ def _fused(planned: Planned, budget: int | None, options: Options, limits: Limit
         best = candidate
     for choice in (best, planned):
         found = _contracted(realise(choice.built, choice.plan, options), Fuse(budget, options.lowering))
-        if budget is None or found.timeline.peak <= budget:
+        if found.timeline.peak <= budget:
             return found
     return found
+
+
+def _free_of_time(planned: Planned, options: Options, limits: Limits) -> tuple[Planned, int | None]:
+    """Without a budget: a plan that holds less, where what it recomputes melts into the backward's regions and so costs
+    no time; and the bytes that its regions may hold."""
+    if not options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
+        return planned, None
+    peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
+    longest = _AS_FAST * _contracted(planned, Fuse(None, options.lowering, measured=False)).timeline.time
+    for share in _SHARES:
+        limit = int(share * peak)
+        plan = solve(planned.problem, limit, options, limits)
+        if plan.peak > limit:
+            continue
+        if options.verify:
+            validate(planned.problem, plan)
+        plan = replace(plan, budget=None, unplanned_peak=peak, unplanned_time=time)
+        candidate = realise(planned.built, plan, options)
+        if _contracted(candidate, Fuse(limit, options.lowering, measured=False)).timeline.time <= longest:
+            return candidate, limit
+    return planned, None
 
 
 def _contracted(planned: Planned, fuse: Fuse) -> Planned:
