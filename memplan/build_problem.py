@@ -367,7 +367,9 @@ def _has_effect(node: fx.Node) -> bool:
     schema = _schema(node)
     if schema is None:
         return node.is_impure()
-    return schema.is_mutable or "c10d" in schema.name or (node.is_impure() and not is_random(node))
+    # fx calls every op that may draw impure, also attention that drops nothing.
+    may_draw = torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[attr-defined]
+    return schema.is_mutable or "c10d" in schema.name or (node.is_impure() and not may_draw)
 
 
 def _args_where(node: fx.Node, wanted: Callable[[torch.Argument], bool]) -> list[fx.Node]:

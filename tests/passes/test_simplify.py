@@ -274,6 +274,8 @@ def test_a_convolution_s_input_is_given_up_before_its_gradient_is_made() -> None
 def test_attention_that_drops_nothing_draws_nothing() -> None:
     compare(lambda: Attention(window), (tokens(),), budget=None)
     assert not [t for t in targets() if "draw" in str(t) or "rng_state" in str(t)]
+    attention = [op for op in recent_plans()[-1].built.problem.ops if "scaled_dot_product" in op.target]
+    assert attention and not any(op.once for op in attention), "what draws nothing can run again"
 
 
 def test_dynamic_lengths_stay_right() -> None:
