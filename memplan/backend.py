@@ -18,6 +18,7 @@ from memplan.capture import Capture, Input, check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
+from memplan.layouts import DENSE_OPERANDS
 from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
@@ -140,7 +141,11 @@ class _Compiler:
         kind = _Draft if estimated or self.draft else _Graph
         graph = kind(options, self.inputs, self.elsewhere, self.progress, self.solved, estimated)
         backend = torch_compat.aot_backend(
-            forward=graph.forward, backward=graph.backward, inference=graph.inference, partition=graph.partition
+            forward=graph.forward,
+            backward=graph.backward,
+            inference=graph.inference,
+            partition=graph.partition,
+            decompositions=DENSE_OPERANDS,
         )
         try:
             return backend(graph_module, self.example_inputs), graph.planned

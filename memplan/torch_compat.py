@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Un
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import with_effects
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import find_symbol_binding_fx_nodes, free_symbols, is_symbol_binding_fx_node
@@ -38,6 +39,7 @@ __all__ = [
     "saved_for_backward_descriptor",
     "size_hint",
     "storage_key",
+    "suggest_memory_format",
     "unplanned",
     "with_effects",
 ]
@@ -155,7 +157,7 @@ def aot_backend(
     backward: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     inference: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
-    decompositions: dict[Any, Callable[..., Any]] | None = None,
+    decompositions: dict[Any, Callable[..., Any]],
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A dynamo backend around AOTAutograd whose mutations stay in the graph as trailing ``copy_``."""
     return aot_autograd(
@@ -163,7 +165,7 @@ def aot_backend(
         bw_compiler=backward,
         inference_compiler=inference,
         partition_fn=partition,
-        decompositions=decompositions or {},
+        decompositions=decompositions,
         keep_inference_input_mutations=True,
     )
 
@@ -411,14 +413,22 @@ class _Traced(Exception):
         self.joint, self.forward_outputs = joint, forward_outputs
 
 
-def joint_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, int] | None:
+def joint_graph(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], decompositions: dict[Any, Callable[..., Any]]
+) -> tuple[fx.GraphModule, int] | None:
     """Forward and backward of one of dynamo's graphs, and how many results the forward has; None where nothing in it
     needs a gradient."""
 
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
         raise _Traced(joint, num_fwd_outputs)
 
-    backend = aot_backend(forward=unplanned, backward=unplanned, inference=unplanned, partition=partition)
+    backend = aot_backend(
+        forward=unplanned,
+        backward=unplanned,
+        inference=unplanned,
+        partition=partition,
+        decompositions=decompositions,
+    )
     try:
         backend(graph_module, inputs)
     except _Traced as traced:

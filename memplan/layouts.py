@@ -1,0 +1,45 @@
+"""Kernels whose results lie otherwise in memory than torch's fake tensors say: their operands are made dense first.
+
+On the CPU a batch norm's results are dense in the layout that its input suggests; the fake kernel gives them the strides
+of what it computes them from. The two differ where tokens are transposed before the norm: every later view and every
+measured workspace then rests on a layout that is not there, and views fail (under torch's ``aot_eager``, too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memplan.torch_compat import suggest_memory_format
+
+aten = torch.ops.aten
+
+
+def _densely(target: torch._ops.OpOverload, *places: int) -> Callable[..., Any]:
+    """``target`` with its operands at ``places`` copied where they are not dense in the layout that the last suggests."""
+
+    def dense(*args: Any, **kwargs: Any) -> Any:
+        layout = suggest_memory_format(args[places[-1]])
+        loose = [k for k in places if not args[k].is_contiguous(memory_format=layout)]
+        if not loose:
+            return NotImplemented
+        copies = {k: args[k].clone(memory_format=layout) for k in loose}
+        return target(*(copies.get(k, argument) for k, argument in enumerate(args)), **kwargs)
+
+    return dense
+
+
+# A decomposition table for AOTAutograd.
+DENSE_OPERANDS: dict[Any, Callable[..., Any]] = {
+    target: _densely(target, *places)
+    for target, *places in (
+        (aten._native_batch_norm_legit.default, 0),
+        (aten._native_batch_norm_legit.no_stats, 0),
+        (aten._native_batch_norm_legit_functional.default, 0),
+        (aten._native_batch_norm_legit_no_training.default, 0),
+        (aten.native_batch_norm.default, 0),
+        (aten.native_batch_norm_backward.default, 0, 1),
+    )
+}

@@ -1,0 +1,61 @@
+"""Kernels that lay their results out otherwise than torch's fake tensors say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memplan.layouts import DENSE_OPERANDS
+from memplan.torch_compat import FakeTensorMode
+from tests.backend.compare import compare
+
+aten = torch.ops.aten
+WIDTH = 16
+
+
+class NormedTokens(nn.Module):
+    """Batch norms over transposed tokens, between layers that look at all tokens as one matrix."""
+
+    def __init__(self, norm_last: bool) -> None:
+        super().__init__()
+        self.norm_last = norm_last
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.last = nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.first(x).transpose(1, 2)).transpose(1, 2)
+        tokens = self.second(tokens).reshape(x.shape).relu().transpose(1, 2)
+        normed: Tensor = self.last(tokens)
+        return normed if self.norm_last else normed.transpose(1, 2).reshape(-1, WIDTH)
+
+
+@pytest.mark.parametrize("norm_last", (True, False))
+@pytest.mark.parametrize("train", (True, False))
+def test_batch_norm_over_transposed_tokens(train: bool, norm_last: bool) -> None:
+    x = torch.randn(8, 24, WIDTH, generator=torch.Generator().manual_seed(0))
+    compare(lambda: NormedTokens(norm_last).train(train), (x,))
+
+
+@pytest.mark.parametrize("order", ((0, 2, 1), (0, 1, 2), (0, 3, 1, 2), (2, 3, 0, 1), (1, 0, 2, 3)))
+@pytest.mark.parametrize("gradient_order", ("as input", "dense"))
+def test_fake_tensors_are_right_once_operands_are_dense(order: tuple[int, ...], gradient_order: str) -> None:
+    def strides() -> list[tuple[int, ...]]:
+        x = torch.ones(4, 5, 6, 7)[(..., *[0] * (4 - len(order)))].permute(order)
+        gradient = torch.ones(x.shape) if gradient_order == "dense" else torch.ones_like(x)
+        channels = torch.ones(x.shape[1])
+        forward = (x, *[channels] * 4, 0.1, 1e-5)
+        backward = (gradient, x, *[channels] * 5, True, 1e-5, [True] * 3)
+        return [
+            run(aten._native_batch_norm_legit_no_training.default, forward).stride(),
+            run(aten.native_batch_norm_backward.default, backward).stride(),
+        ]
+
+    def run(target: torch._ops.OpOverload, args: tuple[object, ...]) -> Tensor:
+        results = DENSE_OPERANDS[target](*args)
+        first: Tensor = (target(*args) if results is NotImplemented else results)[0]
+        return first
+
+    real = strides()
+    with FakeTensorMode():
+        assert strides() == real
