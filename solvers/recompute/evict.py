@@ -12,6 +12,7 @@ operands the one whose making needs most memory comes first (Sethi and Ullman, J
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from memplan.solvers.compiled import compiled
 from memplan.solvers.recompute.arrays import (
     BUFFERS,
     COUNT,
+    FORWARD,
     IS_HELD,
     IS_OUTPUT,
     ONCE,
@@ -40,14 +42,15 @@ from memplan.solvers.recompute.arrays import (
 
 class Rule(NamedTuple):
     """Exponents of the score cost^a / (bytes^b · distance^c); ``below``: share of the cost of what was made from a buffer
-    and is gone, which making it again would need. ``outputs``: 1 where outputs may go. ``hungry``: 1 where the missing
-    operand that needs most memory is made first, 0: the first one."""
+    and is gone, which making it again would need. ``reach``: what may go, FORWARDS (results of the forward), ANY but
+    outputs, or ALL. ``hungry``: 1 where the missing operand that needs most memory is made first, and where waiting ops
+    may lose operands if nothing else can go; 0: the first one, and they may not."""
 
     cost: float
     size: float
     distance: float
     below: float
-    outputs: float
+    reach: float
     hungry: float
 
 
@@ -59,9 +62,13 @@ SCORES = (
     (1.0, 0.5, 0.5, 0.0),
     (0.5, 0.5, 1.0, 0.0),
 )
-RULES = tuple(Rule(*score, outputs, hungry) for outputs, hungry in ((0, 0), (0, 1), (1, 0), (1, 1)) for score in SCORES)
+FORWARDS, ANY, ALL = 0, 1, 2
+RULES = tuple(
+    Rule(*score, reach, hungry) for reach, hungry in product((ANY, FORWARDS, ALL), (0, 1)) for score in SCORES
+)
 LONGEST = 4  # sequences with so many runs an op are given up: a budget that is too small recomputes without end
 NEVER = 1e18
+TIGHT = 1 << 40  # locks on the operands of what runs; fewer: of what waits
 IMPOSSIBLE = 1e30
 
 
@@ -73,7 +80,7 @@ NEXT, COST, BELOW = 0, 1, 2
 WANTED = 3  # when something made from it is needed next, gone or not
 NEED = 4  # bytes that are there at once while it is made again
 # Entries of a rule in the compiled loops.
-TO_COST, TO_SIZE, TO_DISTANCE, SHARE_BELOW, MAY_OUTPUTS, HUNGRY = 0, 1, 2, 3, 4, 5
+TO_COST, TO_SIZE, TO_DISTANCE, SHARE_BELOW, REACH, HUNGRY = 0, 1, 2, 3, 4, 5
 
 
 @compiled
@@ -124,17 +131,17 @@ def _look_ahead(g, duration, order, w, x):
 
 
 @compiled
-def _victim(g, rule, w, x, now, running):
-    """The held buffer that may go at the least score; -1 where there is none."""
+def _victim(g, rule, w, x, now, running, locks):
+    """The held buffer that may go at the least score, of those with at most ``locks`` locks; -1 where there is none."""
     best, least = -1, np.inf
     for b in range(g[COUNT, BUFFERS]):
-        if w[HERE, b] == 0 or w[LOCKED, b] > 0 or g[SIZE, b] == 0 or g[WRITER, b] == running:
+        if w[HERE, b] == 0 or w[LOCKED, b] > locks or g[SIZE, b] == 0 or g[WRITER, b] == running:
             continue
-        if g[IS_HELD, b] == 1 or (g[IS_OUTPUT, b] == 1 and rule[MAY_OUTPUTS] == 0):
+        if g[IS_HELD, b] == 1 or (g[IS_OUTPUT, b] == 1 and rule[REACH] < ALL):
             continue
         if x[NEXT, b] >= NEVER and (g[ONCE, g[WRITER, b]] == 0 or x[WANTED, b] >= NEVER):
             return b
-        if x[COST, b] >= IMPOSSIBLE:
+        if x[COST, b] >= IMPOSSIBLE or (rule[REACH] == FORWARDS and g[FORWARD, g[WRITER, b]] == 0):
             continue
         cost = (x[COST, b] + rule[SHARE_BELOW] * x[BELOW, b]) ** rule[TO_COST]
         score = cost / (g[SIZE, b] ** rule[TO_SIZE] * max(1.0, x[NEXT, b] - now) ** rule[TO_DISTANCE])
@@ -153,7 +160,11 @@ def _make_room(g, duration, order, rule, w, x, now, i, held, room):
     if held + need > room:
         _look_ahead(g, duration, order, w, x)
     while held + need > room:
-        b = _victim(g, rule, w, x, now, i)
+        b = _victim(g, rule, w, x, now, i, 0)
+        if b < 0 and rule[HUNGRY] == 1:
+            _lock(g, w, i, TIGHT)
+            b = _victim(g, rule, w, x, now, i, TIGHT - 1)
+            _lock(g, w, i, -TIGHT)
         if b < 0:
             return -1
         w[HERE, b] = 0

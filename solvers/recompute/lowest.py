@@ -41,10 +41,13 @@ def lowest_sequence(
     order = tuple(best_order(search, enough) if start is None else start)
     search.offer(stored)
     search.offer(order)
-    _evict(search, (stored, order), floor - resident, enough - resident)
-    _anneal(search, floor - resident, enough - resident)
-    _evict(search, (search.lowest(),), floor - resident, enough - resident)
-    _anneal(search, floor - resident, enough - resident)
+    try:
+        _evict(search, (stored, order), floor - resident, enough - resident)
+        _anneal(search, floor - resident, enough - resident)
+        _evict(search, (search.lowest(),), floor - resident, enough - resident)
+        _anneal(search, floor - resident, enough - resident)
+    finally:
+        search.best.time[0] = np.inf  # what kept a target need not keep the caller's budget
     return search.lowest(), order
 
 
@@ -94,10 +97,8 @@ def _anneal(search: Search, floor: int, enough: int) -> None:
         target = max(floor, lowest - max(1, int((lowest - floor) * step)))
         search.load(search.lowest(), target)
         price = search.first_price()
-        try:
-            search.anneal(int(LOWERING_MOVES * search.moves / LOWERINGS), search.typical, 0.05 * search.typical, price)
-        finally:
-            search.best.time[0] = np.inf  # what kept a target need not keep the caller's budget
+        search.anneal(int(LOWERING_MOVES * search.moves / LOWERINGS), search.typical, 0.05 * search.typical, price)
+        search.best.time[0] = np.inf  # while a sequence keeps its budget, no lower peak is remembered
         step = min(0.25, 1.5 * step) if search.best.low[1] <= target else 0.5 * step
         search.say(f"lowering {at + 1} of {LOWERINGS}: lowest peak {search.best.low[1]}, target {target}")
 

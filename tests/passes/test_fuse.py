@@ -71,7 +71,11 @@ class FusedBackend:
 
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         backend = torch_compat.aot_backend(
-            forward=self.lower, backward=self.lower_backward, inference=self.lower, partition=self.partition
+            decompositions={},
+            forward=self.lower,
+            backward=self.lower_backward,
+            inference=self.lower,
+            partition=self.partition,
         )
         return backend(graph_module, inputs)
 

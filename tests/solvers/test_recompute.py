@@ -330,3 +330,5 @@ def test_a_problem_without_times_or_ops() -> None:
     validate(untimed, plan)
     empty = Problem((), ())
     assert solve_recompute(empty, 0).status == Status.OPTIMAL and minimise_peak(empty).peak == 0
+    resident = Problem((), (Buffer("weight", 64),))
+    assert solve_recompute(resident, 57).status == Status.INFEASIBLE
