@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from memplan.errors import TierError
 from memplan.runtime import disk, tiers
 from memplan.runtime.space import ALIGNMENT, Space, aligned
 from memplan.runtime.tiers import Store, offload, prefetch, wait, written
+from tests.idle import becomes_idle
 
 
 def store(directory: Path, count: int = 4, size: int = 1 << 20, limit: int | None = None) -> Store:
@@ -140,7 +140,7 @@ def test_a_ticket_holds_its_bytes_until_its_last_copy_dies(tmp_path: Path) -> No
     wait(saved, back)
     assert torch.equal(back, source)
     del saved
-    assert place.space.idle
+    assert becomes_idle(place.space)
 
 
 def test_steps_under_way_at_once_have_their_own_bytes(tmp_path: Path) -> None:
@@ -154,13 +154,13 @@ def test_steps_under_way_at_once_have_their_own_bytes(tmp_path: Path) -> None:
     assert place.file(0).size <= 3 * place.space.height
     tickets.clear()
     del ticket
-    assert place.space.idle
+    assert becomes_idle(place.space)
 
 
 def test_larger_than_planned_goes_past_the_plan(tmp_path: Path) -> None:
     place = store(tmp_path, count=2, size=ALIGNMENT)
     there_and_back(place)
-    assert place.space.idle
+    assert becomes_idle(place.space)
 
 
 def test_threads(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert place.space.idle
+    assert becomes_idle(place.space)
 
 
 def test_the_file_has_no_name_and_only_the_owner_reads_it(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_disk_full_by_the_kernels_limit(tmp_path: Path) -> None:
     try:
         with pytest.raises(TierError, match="no room"):
             there_and_back(place, site=3)
-        assert place.space.idle and open_files(tmp_path) == []
+        assert becomes_idle(place.space) and open_files(tmp_path) == []
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     there_and_back(place, site=3)
@@ -279,10 +279,7 @@ def test_nobody_waits(tmp_path: Path) -> None:
         backs = [prefetch(t) for t in tickets[:2]]
         del tickets, backs
         there_and_back(place, site=seed % 4, seed=50 + seed)
-    deadline = time.monotonic() + 10
-    while not place.space.idle and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert place.space.idle
+    assert becomes_idle(place.space)
 
 
 def test_copied_ticket_is_refused(tmp_path: Path) -> None:
@@ -424,4 +421,4 @@ def test_a_gpus_tensors_come_back(pinned: bool, tmp_path: Path) -> None:
             wait(ticket, back)
             assert torch.equal(back.cpu(), values(10 * round_ + k))
         del ticket, tickets
-        assert place.space.idle
+        assert becomes_idle(place.space)
