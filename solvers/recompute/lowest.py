@@ -80,9 +80,10 @@ def _evict(search: Search, orders: Iterable[Sequence[int]], floor: int, enough: 
                 return
             sequence, work = evicting(search.graph, order, lowest - max(1, int(step * (lowest - floor))), rule)
             left -= work
-            fits = sequence is not None and is_valid(search.problem, sequence)
-            if sequence is not None and fits:
+            if sequence is not None and is_valid(search.problem, sequence):
                 search.offer(sequence)
+            # Eviction does not know that a forward output which is made again stands beside the one that the caller holds.
+            fits = bool(search.best.low[1] < lowest)
     search.say(f"eviction: lowest peak {search.best.low[1]}")
 
 
