@@ -68,13 +68,14 @@ RULES = tuple(
 )
 LONGEST = 4  # sequences with so many runs an op are given up: a budget that is too small recomputes without end
 NEVER = 1e18
-TIGHT = 1 << 40  # locks on the operands of what runs; fewer: of what waits
+TIGHT = 1 << 40  # locks on the operands of what runs, and on outputs at the end; fewer: of what waits
 IMPOSSIBLE = 1e30
 
 
 # Rows of the scratch table of integers (per buffer but RAN, per op, and STACK, of ops).
 HERE, LOCKED, RAN, STACK, POSITION = 0, 1, 2, 3, 4
-WORK = 5  # one entry: how often all buffers were looked at
+TWICE = 5  # per buffer, 1: a second copy stands beside the one that the caller holds, counted from then on
+WORK, BEGAN = 6, 7  # one entry each: how often all buffers were looked at; 1 once backward began
 # ... and of numbers, per buffer: when it is needed next; time to make it again; time of what is gone and made from it.
 NEXT, COST, BELOW = 0, 1, 2
 WANTED = 3  # when something made from it is needed next, gone or not
@@ -151,12 +152,21 @@ def _victim(g, rule, w, x, now, running, locks):
 
 
 @compiled
+def _growth(g, w, b):
+    """Bytes that come to stand when b is made now."""
+    if w[HERE, b] == 1 and (g[IS_HELD, b] == 0 or w[BEGAN, 0] == 0 or w[TWICE, b] == 1):
+        return 0
+    return g[SIZE, b]
+
+
+@compiled
 def _make_room(g, duration, order, rule, w, x, now, i, held, room):
     """Let buffers go until op i can run; bytes held then, -1 where nothing more may go."""
+    if g[FORWARD, i] == 0:
+        w[BEGAN, 0] = 1
     need = g[WORKSPACE, i]
     for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
-        if w[HERE, g[WRITES, k]] == 0:
-            need += g[SIZE, g[WRITES, k]]
+        need += _growth(g, w, g[WRITES, k])
     if held + need > room:
         _look_ahead(g, duration, order, w, x)
     while held + need > room:
@@ -217,8 +227,12 @@ def _run(g, duration, order, rule, room, w, x, sequence, now, goal, held, length
         length += 1
         w[RAN, i] = 1
         for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
-            held += g[SIZE, g[WRITES, k]] * (1 - w[HERE, g[WRITES, k]])
-            w[HERE, g[WRITES, k]] = 1
+            b = g[WRITES, k]
+            growth = _growth(g, w, b)
+            held += growth
+            if w[HERE, b] == 1 and growth > 0:
+                w[TWICE, b] = 1
+            w[HERE, b] = 1
     return held, length
 
 
@@ -231,7 +245,7 @@ def _evicting(g, duration, order, rule, room, w, x, sequence):
         if held < 0:
             return -1
     for b in range(g[COUNT, BUFFERS]):
-        w[LOCKED, b] += g[IS_OUTPUT, b]
+        w[LOCKED, b] += TIGHT * g[IS_OUTPUT, b]
     for b in range(g[COUNT, BUFFERS] - 1, -1, -1):  # what was made last needs what is still there
         if g[IS_OUTPUT, b] == 1 and g[WRITER, b] >= 0 and w[HERE, b] == 0:
             held, length = _run(g, duration, order, rule, room, w, x, sequence, n, g[WRITER, b], held, length)
@@ -245,7 +259,7 @@ def evicting(graph: Graph, order: Sequence[int], room: int, rule: Rule) -> tuple
     rule finds none; and the work done: how many ops were looked at."""
     n, buffers = len(graph.time), int(graph.table[COUNT, BUFFERS])
     first = np.array(order, np.int64)
-    w = np.zeros((6, max(buffers, n, 1)), np.int64)
+    w = np.zeros((8, max(buffers, n, 1)), np.int64)
     w[POSITION, first] = np.arange(n)
     sequence: Ints = np.zeros(LONGEST * n, np.int64)
     x = np.zeros((5, max(1, buffers)))

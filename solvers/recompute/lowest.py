@@ -82,7 +82,6 @@ def _evict(search: Search, orders: Iterable[Sequence[int]], floor: int, enough: 
             left -= work
             if sequence is not None and is_valid(search.problem, sequence):
                 search.offer(sequence)
-            # Eviction does not know that a forward output which is made again stands beside the one that the caller holds.
             fits = bool(search.best.low[1] < lowest)
     search.say(f"eviction: lowest peak {search.best.low[1]}")
 
