@@ -21,7 +21,7 @@ from memplan.options import Options
 from memplan.outcome import Limits, Status
 from memplan.passes.fuse import Fuse, Fused
 from memplan.passes.offload import Offload, stores
-from memplan.passes.reuse import Reuse
+from memplan.passes.reuse import Reuse, largest_over_operands
 from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout, place
 from memplan.plans import Plan
@@ -34,7 +34,8 @@ from memplan.validate import check_sequence, validate
 
 log = logging.getLogger("memplan")
 
-_FUSION_ATTEMPTS = 3  # times that bytes which regions free go back to the planner
+_ATTEMPTS = 3  # times that bytes which regions or reuse free go back to the planner
+_QUICKLY_SOLVED = 1000  # ops: the plans of larger graphs are made once
 _SHARES = (0.5, 0.65)  # of the unplanned peak, tried without a budget: what GPT-2 and Llama recompute there is free
 _AS_FAST = 1.01  # of the time: closer than estimates are to what is measured
 _WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
@@ -119,7 +120,7 @@ def plan_capture(
     solved = {} if solved is None else solved
     plan = solved.get((problem, wanted)) or solve(problem, wanted, options, limits)
     plan = solved[problem, wanted] = replace(plan, unplanned_peak=unplanned_peak, unplanned_time=unplanned_time)
-    trace.data("plan", plan)
+    trace.data("solved", plan)
     planned = realise(built, plan, options)
     trace.graph("scheduled", planned.scheduled.graph_module)
     if options.verify:
@@ -129,21 +130,22 @@ def plan_capture(
         raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
     if options.fusion_enabled and plan.offloads:
         log.warning("no fusion: regions do not yet move with the transfers of a plan that offloads")
-    elif options.fusion_enabled and estimated:
-        planned = _contracted(planned, Fuse(wanted, options.lowering, measured=False))
-    elif options.fusion_enabled:
-        planned = _fused(planned, wanted, options, limits)
+    planned = _spared(planned, wanted, options, limits, estimated)
+    if options.fusion_enabled:
         trace.graph("fused", planned.scheduled.graph_module)
-    if options.reuse_enabled and not plan.offloads and not _has_symbolic_sizes(capture):
-        planned = _reused(planned)
-    if wanted is not None and plan.status == Status.TIMED_OUT and planned.timeline.peak <= wanted:
-        # The least plan is over the budget by what fusion or reuse then spared: the Program keeps it.
-        planned = replace(planned, plan=replace(planned.plan, status=Status.FEASIBLE))
     trace.data("program", planned.lowered.program)
+    planned = replace(planned, plan=replace(planned.plan, peak_bound=_peak_bound(planned, options)))
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)
     if options.placement_enabled and not estimated and not _has_symbolic_sizes(capture):
         planned = _placed(planned, wanted, options, limits)
+    peak = planned.timeline.peak
+    plan = replace(planned.plan, budget=wanted, peak=peak, spared=planned.plan.peak - peak)
+    trace.data("plan", plan)
+    if wanted is not None and plan.status not in (Status.OPTIMAL, Status.FEASIBLE):
+        # The least plan is over the budget by what fusion or reuse then spared: the Program keeps it.
+        plan = replace(plan, status=Status.FEASIBLE)
+    planned = replace(planned, plan=plan)
     log.info(
         "planned %d ops: peak %d of %d bytes, time %.4g of %.4g us, %d recomputations, gap %.2f%%",
         len(problem.ops),
@@ -182,46 +184,69 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
             validate(planned.problem, plan)
         peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
         plan = replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time)
-        candidate = realise(planned.built, plan, options)
-        if planned.fused is not None:
-            candidate = _contracted(candidate, Fuse(budget, options.lowering))
-        if options.reuse_enabled and not plan.offloads:
-            candidate = _reused(candidate)
+        candidate = _finished(realise(planned.built, plan, options), options, Fuse(budget, options.lowering))
     log.info("no arena: beside what the caller holds it would not fit the budget")
     return replace(planned, budget=budget)
 
 
-def _fused(planned: Planned, budget: int | None, options: Options, limits: Limits) -> Planned:
-    """The plan with its regions. Where they leave bytes of the budget free, those go back to the planner: less is
-    recomputed as long as the fused Program keeps the budget and gets faster."""
-    if budget is None:
-        free, limit = _free_of_time(planned, options, limits) if options.objective == "time" else (planned, None)
-        return _contracted(realise(free.built, free.plan, options), Fuse(limit, options.lowering))
+def _spared(planned: Planned, budget: int | None, options: Options, limits: Limits, estimated: bool) -> Planned:
+    """The plan with its regions and with results over operands. Where they leave bytes of the budget free, those go back
+    to the planner: less is recomputed as long as the Program keeps the budget and gets faster."""
     trial = Fuse(budget, options.lowering, measured=False)
-    best = _contracted(planned, trial)
-    if best.timeline.peak > budget:
+    if budget is None:
+        limit = None
+        if options.fusion_enabled and options.objective == "time" and not estimated:
+            planned, limit = _free_of_time(planned, options, limits)
+            planned = realise(planned.built, planned.plan, options)
+        return _finished(planned, options, replace(trial, limit=limit, measured=not estimated))
+    best = _finished(planned, options, trial)
+    if estimated or best.timeline.peak > budget:
         return best  # refused: no kernel's workspace would help
-    for _ in range(_FUSION_ATTEMPTS):
-        if not best.plan.recomputed or not options.recompute_enabled:
-            break
-        freed, missing = budget - best.timeline.peak, best.plan.unplanned_peak - budget
-        if freed < _WORTH_SOLVING * missing:
-            break
-        loosened = best.plan.peak + freed
-        plan = solve(planned.problem, loosened, options, limits)
-        if plan.peak > loosened or plan.peak <= best.plan.peak:
-            break
-        peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
-        plan = replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time)
-        candidate = _contracted(realise(planned.built, plan, options), trial)
-        if candidate.timeline.peak > budget or candidate.timeline.time >= best.timeline.time:
-            break
-        best = candidate
-    for choice in (best, planned):
-        found = _contracted(realise(choice.built, choice.plan, options), Fuse(budget, options.lowering))
+    best = _loosened(best, budget, options, limits, trial)
+    if not options.fusion_enabled:
+        return best
+    for plan in (best.plan, planned.plan):
+        found = _finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
         if found.timeline.peak <= budget:
             return found
     return found
+
+
+def _loosened(best: Planned, budget: int, options: Options, limits: Limits, trial: Fuse) -> Planned:
+    """The fastest of the plans for budgets that exceed this one by what their Programs spare."""
+    peak, time = best.plan.unplanned_peak, best.plan.unplanned_time
+    spare = budget - best.timeline.peak
+    for _ in range(_ATTEMPTS):
+        if not best.plan.recomputed or not options.recompute_enabled or len(best.problem.ops) > _QUICKLY_SOLVED:
+            break
+        if spare < _WORTH_SOLVING * (peak - budget):
+            break
+        loosened = best.plan.peak + spare
+        plan = solve(best.problem, loosened, options, limits)
+        if plan.peak > loosened or plan.peak <= best.plan.peak:
+            break
+        if options.verify:
+            validate(best.problem, plan)
+        plan = replace(plan, unplanned_peak=peak, unplanned_time=time)
+        candidate = _finished(realise(best.built, plan, options), options, trial)
+        if candidate.timeline.peak > budget:
+            spare //= 2
+        elif candidate.timeline.time >= best.timeline.time:
+            break
+        else:
+            best, spare = candidate, budget - candidate.timeline.peak
+    return best
+
+
+def _finished(planned: Planned, options: Options, fuse: Fuse) -> Planned:
+    """A plan that was just realised, with its regions, and with kernels that write over operands which die there."""
+    if options.fusion_enabled and not planned.plan.offloads:
+        planned = _contracted(planned, fuse)
+    return _reused(planned) if _reuses(planned, options) else planned
+
+
+def _reuses(planned: Planned, options: Options) -> bool:
+    return options.reuse_enabled and not planned.plan.offloads and not _has_symbolic_sizes(planned.built.capture)
 
 
 def _free_of_time(planned: Planned, options: Options, limits: Limits) -> tuple[Planned, int | None]:
@@ -346,6 +371,16 @@ def realise(built: BuiltProblem, plan: Plan, options: Options) -> Planned:
     return Planned(built, plan, scheduled, lowered, simulate(lowered.program))
 
 
+def _peak_bound(planned: Planned, options: Options) -> int:
+    """A bound on the peak of any Program: regions never make their inner buffers, and a result may lie over an operand."""
+    bound = planned.plan.peak_bound
+    if planned.fused is not None:
+        bound = 0
+    elif _reuses(planned, options):
+        bound -= largest_over_operands(planned.problem)
+    return min(planned.timeline.peak, max(planned.problem.resident_bytes, bound))
+
+
 def _infeasible(planned: Planned, budget: int, elsewhere: int) -> BudgetInfeasibleError:
     timeline, program = planned.timeline, planned.timeline.program
     at = timeline.peak_step
@@ -353,13 +388,10 @@ def _infeasible(planned: Planned, budget: int, elsewhere: int) -> BudgetInfeasib
         LiveBuffer(s.name, s.size, s.category, s.module, s.source)
         for s in (program.storages[i] for i in timeline.alive(at))
     )
-    resident = planned.problem.resident_bytes
-    # Regions never make their inner buffers: what bounds the unfused plan does not bound the fused one.
-    bound = resident if planned.fused is not None else max(planned.plan.peak_bound, resident)
     return BudgetInfeasibleError(
         budget + elsewhere,
         timeline.peak + elsewhere,
-        elsewhere + min(timeline.peak, bound),
+        elsewhere + planned.plan.peak_bound,
         program.steps[at].name if program.steps else "",
         alive,
     )

@@ -28,7 +28,8 @@ class Plan:
     """The decisions for one Problem.
 
     ``sequence``: op indices in execution order; an index that repeats is a recomputation.
-    ``peak``: bytes, resident ones included. ``time``/``bound``: the problem's time unit; no plan under this budget can
+    ``peak``: bytes, resident ones included. ``spared``: how many more the sequence would hold if its Program made every
+    buffer: regions do not make their inner ones, and results are written over operands that die. ``time``/``bound``: the problem's time unit; no plan under this budget can
     be faster than ``bound`` in the scope that ``bound_scope`` states ("order fixed" or "any order").
     """
 
@@ -44,6 +45,7 @@ class Plan:
     solver: str = ""
     unplanned_peak: int = 0
     unplanned_time: float = 0.0
+    spared: int = 0
 
     @property
     def recomputed(self) -> int:

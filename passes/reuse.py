@@ -54,6 +54,12 @@ _DIMENSION: dict[object, int] = {  # place of the dimension that a softmax goes 
 }
 
 
+def largest_over_operands(problem: Problem) -> int:
+    """Bytes that reuse can take off any load at most: those of the largest result which might lie over an operand."""
+    kernels = {str(target) for target in OUT_FORMS}
+    return max((problem.buffers[b].size for op in problem.ops if op.target in kernels for b in op.writes), default=0)
+
+
 def overwritten(node: fx.Node) -> fx.Node | None:
     """The operand whose storage a node's result takes over."""
     operand = node.kwargs[node.meta[REUSE]] if REUSE in node.meta else None

@@ -17,7 +17,17 @@ def test_every_stage_is_written(tmp_path: Path) -> None:
     torch.compile(model, backend="memplan", options=options)(torch.randn(512, 64)).sum().backward()
     folders = list(tmp_path.iterdir())
     stages = {file.stem.partition("-")[2]: file for folder in folders for file in sorted(folder.iterdir())}
-    assert list(stages) == ["joint", "normalised", "problem", "plan", "scheduled", "program", "forward", "backward"]
+    assert list(stages) == [
+        "joint",
+        "normalised",
+        "problem",
+        "solved",
+        "scheduled",
+        "program",
+        "plan",
+        "forward",
+        "backward",
+    ]
     validate(Problem.load(stages["problem"]), Plan.load(stages["plan"]))
     assert Program.load(stages["program"]).steps
     assert "gelu" in stages["forward"].read_text()

@@ -11,6 +11,7 @@ from torch import nn
 
 from memplan.backend import recent_plans
 from memplan.passes.reuse import OUT_FORMS, overwritten
+from memplan.validate import validate
 
 aten = torch.ops.aten
 
@@ -88,6 +89,37 @@ def test_training_has_the_same_bits_and_a_lower_peak(options: dict[str, Any]) ->
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert reused()
     assert recent_plans()[-1].timeline.peak < before
+
+
+class Deep(nn.Module):
+    """The peak is at the loss, whose reuse leaves bytes of a budget that the layers before it can use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6))
+        )
+        self.out = nn.Linear(64, 800)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.out(self.layers(x)), torch.arange(len(x)))
+
+
+def test_what_reuse_spares_goes_back_to_the_planner() -> None:
+    torch.manual_seed(0)
+    model, x = Deep(), torch.randn(600, 64)
+    plans, results = [], []
+    for enabled in (False, True):
+        run = compiled(model, **{"reuse.enabled": enabled, "memory_budget": "80%"})
+        results.append(step(run, model, x))
+        planned = recent_plans()[-1]
+        validate(planned.problem, planned.plan)
+        assert planned.plan.peak == planned.timeline.peak <= planned.plan.budget
+        plans.append(planned.plan)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    without, spared = plans
+    assert without.spared == 0 < spared.spared and spared.peak + spared.spared > spared.budget
+    assert spared.time < without.time and spared.recomputed < without.recomputed
 
 
 def test_inference_is_measured_lower() -> None:
