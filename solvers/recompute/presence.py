@@ -19,7 +19,10 @@ from memplan.problem import Phase, Problem
 
 REFINEMENTS = 10  # programs one after the other; each costs about as much as the ones before together
 LARGEST = 150_000  # columns of a program: 10 s for HiGHS
-SECONDS = 8.0  # the programs of training graphs take up to 2 s; those of dense random graphs may take minutes; more per 5,000 columns
+SECONDS = 8.0  # the programs of training graphs take up to 2 s; those of dense random graphs may take minutes
+# From so many ops on, with layers that repeat and so solutions that differ by which layer pays, the last thousandths of
+# the added time take HiGHS ten times as long as the rest: its programs may leave them, and have so long together.
+ROUGH, TOLERANCE, EXACT, TOGETHER = 1000, 3e-3, 1e-4, 4.0
 NODES = 30  # most of the proof is there at the root: more nodes changed no bound of the public graphs by 0.01 %
 
 
@@ -38,6 +41,7 @@ def presence(
     nodes: int = NODES,
     seconds: float = SECONDS,
     before: Sequence[int] | None = None,
+    tolerance: float = EXACT,
 ) -> Presence:
     """Solve the program for ``budget`` bytes, resident buffers included, kept when the ops ``at`` run first.
 
@@ -46,7 +50,8 @@ def presence(
 
     ``nodes`` above 0: variables are whole, and HiGHS may branch so often; what it has proven by then counts. Whole
     variables bound far better: on the public residual network at half its memory 12.2 % against 9.6 %. ``seconds`` is
-    a stop for graphs that HiGHS finds hard; a solution cut off by it is not used, so that plans repeat.
+    a stop for graphs that HiGHS finds hard; a solution cut off by it is not used, so that plans repeat. ``tolerance``: of
+    the added time, how far the solution may be from the bound.
     """
     room = budget - problem.resident_bytes
     rows = _Rows(problem, at, before or stored_order(problem))
@@ -61,7 +66,8 @@ def presence(
         ),
         bounds=Bounds(rows.low, rows.high),
         integrality=np.full(len(rows.cost), int(nodes > 0)),
-        options={"time_limit": max(0.01, seconds)} | ({"node_limit": nodes} if nodes > 0 else {}),
+        options={"time_limit": max(0.01, seconds), "mip_rel_gap": tolerance}
+        | ({"node_limit": nodes} if nodes > 0 else {}),
     )
     if result.status == 2:
         return Presence(float("inf"), None)
@@ -155,12 +161,15 @@ def refine(
     best = Presence(problem.total_time, None)
     lowest: float = float("inf")
     columns = len(problem.ops) + len(problem.buffers)
+    rough = len(problem.ops) > ROUGH
+    tolerance, seconds = (TOLERANCE, TOGETHER * max(1, columns / 5000)) if rough else (EXACT, SECONDS)
+    if rough:
+        deadline = min(deadline, clock.monotonic() + seconds)
     for _ in range(programs):
         if not at or columns * (len(at) + 1) > LARGEST or clock.monotonic() > deadline:
             break
-        found = presence(
-            problem, budget, at, seconds=min(SECONDS * max(1, columns / 5000), deadline - clock.monotonic())
-        )
+        left = min(seconds, deadline - clock.monotonic())
+        found = presence(problem, budget, at, seconds=left, tolerance=tolerance)
         best = replace(best, bound=max(best.bound, found.bound))
         if found.sequence is None:
             break
