@@ -22,7 +22,7 @@ from memplan.analysis import CATEGORIES, Analysis
 from memplan.decisions import family
 from memplan.errors import InputError, OptionError
 from memplan.problem import SCHEMA_VERSION, read_schema
-from memplan.units import format_bytes, parse_bytes
+from memplan.units import format_bytes, parse_budget, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,18 @@ def environment_warnings(base: Analysis, head: Analysis) -> tuple[str, ...]:
     return tuple(said)
 
 
-def read_config(start: Path) -> tuple[ModelConfig, ...]:
-    """The models of the pyproject.toml in or above ``start`` (a folder) or of the file given. Raises OptionError."""
+def config_file(start: Path) -> Path:
+    """The file given, or the pyproject.toml in or above the folder ``start``. Raises OptionError where there is none."""
+    if not start.exists():
+        raise OptionError(f"there is no file or folder {start}")
     file = start if start.is_file() else next((f / "pyproject.toml" for f in _upwards(start)), None)
     if file is None:
         raise OptionError(f"there is no pyproject.toml in or above {start.resolve()}")
+    return file.resolve()
+
+
+def read_config(file: Path) -> tuple[ModelConfig, ...]:
+    """The models of a pyproject.toml. Raises OptionError naming the file and the key."""
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -220,13 +227,20 @@ def _model_config(table: Mapping[str, Any], place: str) -> ModelConfig:
     for key, value in table.items():
         if key != "input" and not isinstance(value, hints[key]):
             raise OptionError(f"{place}: {key} cannot be {value!r}")
-    given = table.get("input", ())
-    config = ModelConfig(**{**table, "input": (given,) if isinstance(given, str) else tuple(given)})
-    for amount in (config.limit, config.memory_budget):
-        if amount is not None and not str(amount).endswith("%"):
-            parse_bytes(amount)
-    if config.max_regression is not None:
-        Rule.parse(f"peak:{config.max_regression}")
+    given = table.get("input", [])
+    shapes = [given] if isinstance(given, str) else given
+    if not isinstance(shapes, list) or not all(isinstance(shape, str) for shape in shapes):
+        raise OptionError(f'{place}: input cannot be {given!r}; write for example ["8x1024:int64"]')
+    config = ModelConfig(**{**table, "input": tuple(shapes)})
+    try:
+        if config.limit is not None:
+            parse_bytes(config.limit)
+        if config.memory_budget is not None:
+            parse_budget(config.memory_budget, 0)
+        if config.max_regression is not None:
+            Rule.parse(f"peak:{config.max_regression}")
+    except OptionError as error:
+        raise OptionError(f"{place}: {error}") from error
     return config
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import typer
 
 from memplan import __version__
 from memplan.cli import demo, gate, info, inspection, solve
+from memplan.cli.common import tell
 from memplan.errors import MemplanError
 
 _UsageError: type[Exception] = typer.BadParameter.mro()[1]  # typer has no public name for its usage errors' base
+_INTERRUPTED = 130  # how newer typers answer Ctrl-C; older ones raise Abort
 
 app = typer.Typer(
     name="memplan",
@@ -51,15 +54,19 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(list(arguments), standalone_mode=False, prog_name="memplan")
         sys.stdout.flush()
-        return int(status or 0)
+        if status != _INTERRUPTED:
+            return int(status or 0)
+        tell("interrupted")
     except _UsageError as error:
         error.show()  # type: ignore[attr-defined]
     except typer.Abort:
-        typer.echo("aborted", err=True)
+        tell("interrupted")
+    except SystemExit:  # typer's answer to a reader that left; its status, 1, would say "over budget"
+        _drop_stdout()
     except MemplanError as error:
         _say(error, f"error: {error}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        _drop_stdout()
     except OSError as error:  # a full disk, a folder without permission
         _say(error, f"error: {error.filename or 'output'}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - the boundary: a crash must not exit with 1, which says "over budget"
@@ -67,13 +74,19 @@ def run(arguments: Sequence[str]) -> int:
     return 2
 
 
-def _say(error: Exception, text: str) -> None:
-    if os.environ.get("MEMPLAN_DEBUG"):
-        import traceback
+def _drop_stdout() -> None:
+    """The reader left; nothing more to say."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-        traceback.print_exception(error)
-    else:
-        typer.echo(f"{text}\n(--debug shows the traceback)", err=True)
+
+def _say(error: Exception, text: str) -> None:
+    with suppress(OSError):  # stderr itself may stand on the full disk
+        if os.environ.get("MEMPLAN_DEBUG"):
+            import traceback
+
+            traceback.print_exception(error)
+        else:
+            tell(f"{text}\n(memplan --debug … shows the traceback)")
 
 
 def main() -> None:

@@ -1,11 +1,16 @@
-"""What every command shares: options with their help, and writing results."""
+"""What every command shares: options with their help, writing results, and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,14 +65,18 @@ TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Stop the solver 
 
 
 def check_output(path: Path | None, force: bool, suffixed: bool = False) -> None:
-    """Refuse an output that exists or has no folder, before any work; ``suffixed``: or whose suffix names no format.
+    """Refuse an output that exists or cannot be written, before any work; ``suffixed``: or whose suffix names no format.
     Raises OptionError."""
     if path is None:
         return
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; name a file")
     if path.exists() and not force:
         raise OptionError(f"{path} exists; --force overwrites it")
     if not path.parent.is_dir():
         raise OptionError(f"there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OptionError(f"{path} cannot be written: permission denied")
     if suffixed:
         from memplan.report import suffix_of
 
@@ -90,3 +99,24 @@ def show(view: RenderableType) -> None:
 def tell(text: str) -> None:
     """Progress for stderr."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """The Ctrl-C seen meanwhile, for a solver takes one as the end of its search and no error. Each still raises
+    KeyboardInterrupt; a program that ignores Ctrl-C goes on ignoring it."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    on_main = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

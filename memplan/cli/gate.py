@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memplan.cli.common import Force, Format, check_output, emit, show, tell
+from memplan.report import put
 
 if TYPE_CHECKING:
     from memplan.analysis import Analysis
@@ -41,28 +43,32 @@ def check(
 ) -> int:
     """Check the budgets of pyproject.toml.
 
-    Holds every [[tool.memplan.model]] against its limit. The entries' code is executed.
+    Holds every [[tool.memplan.model]] against its limit. The entries' code is executed, from the folder of that file.
     """
     from memplan.errors import OptionError
-    from memplan.gate import Rule, analyses_to_json, exit_code, read_analyses, read_config
+    from memplan.gate import Rule, analyses_to_json, config_file, exit_code, read_analyses, read_config
 
     check_output(output, force)
-    models = read_config(config)
+    check_output(comment, True)
+    check_output(sarif, True)
+    file = config_file(config)
+    models = read_config(file)
     unknown = set(only or ()) - {m.label for m in models}
     if unknown:
         raise OptionError(f"no model {min(unknown)!r}; models are {', '.join(m.label for m in models)}")
     before = read_analyses(base) if base else {}
     rules = [Rule.parse(text) for text in fail_on or ()]
-    verdicts = [_check(m, before, rules) for m in models if not only or m.label in only]
+    with chdir(file.parent):  # entries and source lines are relative to it, wherever the command was given
+        verdicts = [_check(m, before, rules) for m in models if not only or m.label in only]
     if output:
-        output.write_text(analyses_to_json({v.name: v.head for v in verdicts if v.head}), encoding="utf-8")
+        put(output, analyses_to_json({v.name: v.head for v in verdicts if v.head}))
     deliver(verdicts, fmt, comment, sarif)
     return exit_code(verdicts)
 
 
 def _check(model: ModelConfig, before: Mapping[str, Analysis], rules: Sequence[Rule]) -> Verdict:
     from memplan.cli.inspection import analyse
-    from memplan.errors import MemplanError
+    from memplan.errors import BudgetInfeasibleError, MemplanError
     from memplan.gate import Rule, Verdict, judge
 
     try:
@@ -74,6 +80,8 @@ def _check(model: ModelConfig, before: Mapping[str, Analysis], rules: Sequence[R
             target=model.target,
             memory_budget=model.memory_budget,
         )
+    except BudgetInfeasibleError as error:  # an answer: the step is over its budget, whatever is planned
+        return Verdict(model.label, failures=(str(error),))
     except MemplanError as error:
         return Verdict(model.label, error=str(error))
     own = [] if model.max_regression is None else [Rule.parse(f"peak:{model.max_regression}")]
@@ -95,6 +103,8 @@ def compare(
     """
     from memplan.gate import Rule, exit_code, judge, read_analyses
 
+    check_output(comment, True)
+    check_output(sarif, True)
     rules = [Rule.parse(text) for text in fail_on or ("peak:0%",)]
     before, now = read_analyses(base), read_analyses(head)
     if len(before) == len(now) == 1:  # the same model under another path or name
@@ -132,9 +142,9 @@ def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | Non
         with open(summary, "a", encoding="utf-8") as file:
             file.write(markdown + "\n")
     if comment:
-        comment.write_text(markdown, encoding="utf-8")
+        put(comment, markdown)
     if sarif:
-        sarif.write_text(ci.sarif(verdicts), encoding="utf-8")
+        put(sarif, ci.sarif(verdicts))
 
 
 def register(app: typer.Typer) -> None:

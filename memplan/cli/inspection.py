@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +25,7 @@ from memplan.cli.common import (
     Train,
     check_output,
     emit,
+    interrupts,
     show,
     tell,
 )
@@ -95,28 +98,34 @@ def plan(
     """Plan a step inside a memory budget.
 
     What is recomputed or moved, the predicted time, its bound and the gap.
-    Exit status 1: no plan fits; the smallest feasible budget is named. ENTRY's code is executed.
+    Exit status 1: no plan fits; the smallest feasible budget is named; 2: none was found within --time-limit or before
+    Ctrl-C, which ends the search with the best plan so far. ENTRY's code is executed.
     """
-    from dataclasses import replace
-
-    from memplan.analysis import relative_source
     from memplan.errors import BudgetInfeasibleError
+    from memplan.units import format_bytes
 
     check_output(output, force, suffixed=True)
-    try:
-        analysis = analyse(
-            entry,
-            train=train,
-            optimizer=optimizer,
-            inputs=inputs,
-            target=target,
-            memory_budget=memory_budget,
-            time_limit=time_limit,
-        )
-    except BudgetInfeasibleError as error:
-        alive = tuple(replace(b, source=relative_source(b.source)) for b in error.alive)
-        tell(str(BudgetInfeasibleError(error.budget, error.smallest, error.bound, error.tightest, alive)))
-        return 1
+    with interrupts() as seen:
+        try:
+            analysis = analyse(
+                entry,
+                train=train,
+                optimizer=optimizer,
+                inputs=inputs,
+                target=target,
+                memory_budget=memory_budget,
+                time_limit=time_limit,
+                best_so_far=True,
+            )
+        except BudgetInfeasibleError as error:
+            if error.budget < error.bound or not (seen or time_limit is not None):
+                tell(str(error))
+                return 1
+            when = "before the interrupt" if seen else "within the time limit"
+            tell(f"no plan for {format_bytes(error.budget)} was found {when}; that is no proof that there is none")
+            return 2
+    if seen:
+        tell("interrupted: this is the best plan found until then")
     if output:
         analysis.export(output)
     print_analysis(analysis, fmt, depth, why, None)
@@ -201,35 +210,59 @@ def analyse(
     time_limit: float | None = None,
     frontier_points: int = 0,
     effort: float | None = None,
+    best_so_far: bool = False,
 ) -> Analysis:
-    """Load an entry and analyse it; says on stderr that its code runs."""
-    from memplan.cli.entry import load_entry
+    """Load an entry and analyse it; says on stderr that its code runs, and sends there what that code prints.
+
+    ``best_so_far``: Ctrl-C ends a solver's search; otherwise all of it ends. Raises BudgetInfeasibleError with sources
+    relative to the working directory."""
+    from memplan.analysis import relative_source
+    from memplan.cli.entry import load_entry, parse_shape
     from memplan.cli.solve import progress
     from memplan.devices import profile_for
+    from memplan.errors import BudgetInfeasibleError, InputError
     from memplan.optimizers import Optimizer
+    from memplan.units import parse_budget
 
     profile = profile_for(target or "cpu")  # a slip of the keyboard is told before minutes of tracing
     if optimizer is not None:
         Optimizer.parse(optimizer, profile.kind)
+    if memory_budget is not None:
+        parse_budget(memory_budget, 0)
+    for text in inputs or ():
+        parse_shape(text)
     tell(f"memplan: executing {entry} (tensors get shapes, no memory)")
-    with progress("analysing") as say, _no_collections():
-        loaded = load_entry(entry, inputs or ())
-        from memplan import api
+    with interrupts() as seen, progress("analysing") as said, _no_collections(), redirect_stdout(sys.stderr):
 
-        return api.analyze(
-            loaded.model,
-            loaded.args,
-            dict(loaded.kwargs),
-            training=train,
-            optimizer=optimizer,
-            target=target,
-            memory_budget=memory_budget,
-            time_limit=time_limit,
-            frontier_points=frontier_points,
-            effort=effort,
-            name=entry,
-            progress=say,
-        )
+        def say(text: str) -> None:
+            if seen and not best_so_far:
+                raise KeyboardInterrupt
+            if said is not None:
+                said(text)
+
+        try:
+            loaded = load_entry(entry, inputs or ())
+            from memplan import api
+
+            return api.analyze(
+                loaded.model,
+                loaded.args,
+                dict(loaded.kwargs),
+                training=train,
+                optimizer=optimizer,
+                target=target,
+                memory_budget=memory_budget,
+                time_limit=time_limit,
+                frontier_points=frontier_points,
+                effort=effort,
+                name=entry,
+                progress=say,
+            )
+        except SystemExit as error:
+            raise InputError(f"{entry} failed: SystemExit: {error}") from error
+        except BudgetInfeasibleError as error:
+            alive = tuple(replace(b, source=relative_source(b.source)) for b in error.alive)
+            raise BudgetInfeasibleError(error.budget, error.smallest, error.bound, error.tightest, alive) from error
 
 
 @contextmanager
@@ -258,7 +291,9 @@ def print_analysis(analysis: Analysis, fmt: Format, depth: int, why: bool, limit
         emit(markdown.analysis_markdown(analysis))
     else:
         writer = {Format.GITHUB: ci.workflow_commands, Format.JUNIT: ci.junit, Format.SARIF: ci.sarif}[fmt]
-        emit(writer([judge(analysis.name, analysis, limit=limit)]))
+        said = writer([judge(analysis.name, analysis, limit=limit)])
+        if said:
+            emit(said)
 
 
 def register(app: typer.Typer) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from memplan.cli.common import Force, Output, check_output, emit, tell
 from memplan.errors import OptionError
+from memplan.report import put
 
 if TYPE_CHECKING:
     from memplan.graph_files import GraphFile
@@ -88,9 +89,10 @@ def recompute(
     from memplan.validate import check_sequence
 
     check_output(output, force)
+    tiers = tuple(parse_tier(text) for text in tier or ())
     file = load_graph(graph)
-    if tier:
-        file = replace(file, problem=replace(file.problem, tiers=tuple(parse_tier(text) for text in tier)))
+    if tiers:
+        file = replace(file, problem=replace(file.problem, tiers=tiers))
         file.problem.check()
     stored_peak, _ = check_sequence(file.problem, tuple(range(len(file.problem.ops))))
     limit = parse_budget(budget, stored_peak)
@@ -224,7 +226,7 @@ def _write(output: Path | None, text: str) -> None:
     if output is None:
         emit(text)
     else:
-        output.write_text(text, encoding="utf-8")
+        put(output, text)
 
 
 def register(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +55,18 @@ def render(analysis: Analysis, fmt: str) -> str | bytes:
 
 def write(analysis: Analysis, path: Path, fmt: str | None = None) -> None:
     """Write the analysis to a file in the format given, or in the one that the suffix names."""
-    content = render(analysis, fmt or SUFFIXES[suffix_of(path)][0])
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content, encoding="utf-8")
+    put(path, render(analysis, fmt or SUFFIXES[suffix_of(path)][0]))
+
+
+def put(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a full disk or Ctrl-C leaves no part of it, and an older file as it was."""
+    raw = content if isinstance(content, bytes) else content.encode()
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # a link or a device is written through
+        path.write_bytes(raw)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(raw)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

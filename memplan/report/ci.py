@@ -20,6 +20,7 @@ from memplan.units import format_bytes
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _RULES = {
     "over-limit": "The predicted peak memory is over its limit.",
+    "infeasible": "No plan keeps the memory budget.",
     "regression": "The predicted peak memory grew more than is allowed.",
     "not-analysed": "The model could not be analysed.",
 }
@@ -63,11 +64,16 @@ def _change_table(changes: Sequence[Change]) -> Table:
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """The verdict in one line."""
-    bad = [v.name for v in verdicts if not v.ok]
-    if not bad:
+    unknown = [v.name for v in verdicts if v.error]
+    over = [v.name for v in verdicts if v.failures and not v.error]
+    if not unknown and not over:
         return f"memplan: {len(verdicts)} of {len(verdicts)} models within budget"
-    what = "could not be analysed" if exit_code(verdicts) == 2 else "over budget"
-    return f"memplan: {', '.join(bad)} {what} ({len(bad)} of {len(verdicts)})"
+    said = [
+        f"{', '.join(names)} {what} ({len(names)} of {len(verdicts)})"
+        for names, what in ((unknown, "could not be analysed"), (over, "over budget"))
+        if names
+    ]
+    return f"memplan: {'; '.join(said)}"
 
 
 def _cells(v: Verdict) -> tuple[str, str, str, str, str]:
@@ -157,8 +163,14 @@ def workflow_commands(verdicts: Sequence[Verdict]) -> str:
 
 def _problems(v: Verdict) -> list[tuple[str, str]]:
     """(rule, text) of everything wrong with a model."""
-    found = [("over-limit" if "over the limit" in text else "regression", text) for text in v.failures]
+    found = [(_rule(text), text) for text in v.failures]
     return found + ([("not-analysed", v.error)] if v.error else [])
+
+
+def _rule(failure: str) -> str:
+    if "cannot be kept" in failure:
+        return "infeasible"
+    return "over-limit" if "over the limit" in failure else "regression"
 
 
 def _place(source: str) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from memplan.cli import run
 from memplan.cli.entry import parse_shape
 from memplan.errors import OptionError
 from memplan.gate import analyses_to_json
+from memplan.report import put
 
 
 def test_importing_the_command_line_imports_nothing_heavy():
@@ -87,6 +88,55 @@ def test_a_reader_that_leaves_is_no_crash(tmp_path):
     line = f"{sys.executable} -m memplan.cli export {path} --format csv | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True)
     assert done.stdout.startswith("id,lower") and done.stderr == "" and done.returncode != 1
+
+
+def test_a_reader_that_never_came_is_not_over_budget():
+    """What typer makes of EPIPE inside a command is a status of 1, which says "over budget"."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "memplan.cli", "--help"], check=False, stdout=write, stderr=-1)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_an_error_that_cannot_be_told_is_not_over_budget():
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "memplan.cli", "export", "absent.json", "--format", "csv"]
+        assert subprocess.run(line, check=False, stderr=full).returncode not in (0, 1)
+
+
+def test_ctrl_c_is_no_answer(monkeypatch, capsys):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memplan.gate.read_analyses", interrupted)
+    assert run(["compare", "a", "b"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "interrupted\n"
+
+
+def test_a_write_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "answer.txt"
+    put(path, "older")
+
+    def half(self, raw):
+        with open(self, "wb") as file:
+            file.write(raw[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        put(path, "newer")
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["older"]
+
+
+@pytest.mark.parametrize("place", [".", "absent/a.json"])
+def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    for line in (["analyze", "x.py:build", "-o", place, "--force"], ["compare", "a", "b", "--comment", place]):
+        assert run(line) == 2
+        assert "folder" in capsys.readouterr().err
 
 
 @pytest.fixture

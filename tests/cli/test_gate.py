@@ -12,7 +12,7 @@ import pytest
 
 from memplan.cli import run
 from memplan.errors import OptionError
-from memplan.gate import ModelConfig, read_config
+from memplan.gate import ModelConfig, config_file, read_config
 
 GATE = Path(__file__).parents[2] / ".github" / "memplan-gate.sh"
 
@@ -62,7 +62,8 @@ def test_config_is_read_from_the_folder_or_above(tmp_path):
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     expected = (ModelConfig("model.py:build", "net", "24MiB", "2%"),)
-    assert read_config(inner) == read_config(tmp_path / "pyproject.toml") == expected
+    assert config_file(inner) == config_file(tmp_path / "pyproject.toml")
+    assert read_config(config_file(inner)) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,10 @@ def test_config_is_read_from_the_folder_or_above(tmp_path):
     [
         ('name = "x"', "no 'entry'"),
         ('entry = "a:b"\nlimits = "1GiB"', "unknown key 'limits'"),
-        ('entry = "a:b"\nlimit = "lots"', "cannot read 'lots'"),
+        ('entry = "a:b"\nlimit = "lots"', r"model\[0\]: cannot read 'lots'"),
+        ('entry = "a:b"\nlimit = "60%"', "cannot read '60%' as bytes"),
+        ('entry = "a:b"\nmemory_budget = "0%"', "cannot read '0%'"),
+        ('entry = "a:b"\ninput = 5', "input cannot be 5"),
         ('entry = "a:b"\nmax_regression = "x"', "cannot read"),
         ('entry = "a:b"\ntrain = "yes"', "train cannot be"),
     ],
@@ -78,7 +82,33 @@ def test_config_is_read_from_the_folder_or_above(tmp_path):
 def test_config_that_cannot_be_read_says_why(tmp_path, table, said):
     (tmp_path / "pyproject.toml").write_text(f"[[tool.memplan.model]]\n{table}\n")
     with pytest.raises(OptionError, match=said):
-        read_config(tmp_path)
+        read_config(tmp_path / "pyproject.toml")
+
+
+def test_a_config_that_is_not_there_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text(CONFIG.format(limit="24MiB"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="no file or folder absent"):
+        config_file(Path("absent"))
+
+
+def test_check_from_a_folder_below_and_what_each_model_lacks(tmp_path, monkeypatch, capsys):
+    """Entries are relative to the pyproject.toml; a budget that nothing keeps is an answer, code that raises is none."""
+    (tmp_path / "model.py").write_text(MODEL.format(factor=1))
+    tables = {
+        "tight": 'entry = "model.py:build"\nmemory_budget = "1KiB"',
+        "large": 'entry = "model.py:build"\nlimit = "1KiB"',
+        "absent": 'entry = "model.py:absent"',
+    }
+    config = "".join(f'[[tool.memplan.model]]\nname = "{name}"\n{table}\n' for name, table in tables.items())
+    (tmp_path / "pyproject.toml").write_text(config)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert run(["check", "--model", "tight", "--model", "large", "--format", "json"]) == 1
+    tight, large = json.loads(capsys.readouterr().out)["models"]
+    assert "cannot be kept" in tight["failures"][0] and "over the limit" in large["failures"][0]
+    assert run(["check"]) == 2
+    assert "absent could not be analysed (1 of 3); tight, large over budget (2 of 3)" in capsys.readouterr().out
 
 
 def test_nothing_to_check_is_2(tmp_path, capsys):

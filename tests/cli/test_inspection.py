@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
 from memplan.analysis import Analysis
 from memplan.cli import run
+from memplan.solvers.recompute import search as recompute_search
 
 pytest.importorskip("torch")
 
@@ -60,6 +63,47 @@ def test_analyze_counts_every_byte_and_names_the_lines(entry, capsys):
     parameters = {b.name: b.module for b in analysis.at_peak if b.category == "parameter"}
     assert parameters["blocks.0.up.weight"] == "blocks.0.up"
     assert {b.source for b in analysis.at_peak if b.category == "activation"} == {"train.py:11"}
+
+
+def test_what_the_code_prints_is_not_data(entry, tmp_path, capsys):
+    with open("train.py", "a") as file:
+        file.write("\ndef noisy():\n    print('loading')\n    return build()\n")
+    assert run(["analyze", "train.py:noisy", "--no-advice", "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["peak_bytes"] and "loading" in captured.err
+
+
+@pytest.mark.parametrize("budget", ["", "lots", "-5", "0%", "nan%"])
+def test_a_budget_that_cannot_be_read_is_told_before_the_model_is_built(capsys, budget):
+    assert run(["plan", "absent.py:build", "--memory-budget", budget]) == 2
+    captured = capsys.readouterr().err
+    assert "cannot read" in captured and "executing" not in captured
+
+
+def test_a_refusal_is_a_proof_only_where_the_search_was_not_cut_short(entry, capsys):
+    tight = ["plan", entry, "--memory-budget", "75%", "--time-limit", "0"]
+    assert run(tight) == 2
+    assert "no proof" in capsys.readouterr().err
+    assert run([*tight[:3], "1KiB", *tight[4:]]) == 1  # below what any plan can hold: proven without a search
+    assert "smallest feasible budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "status"), [("plan", 0), ("frontier", 2)])
+def test_ctrl_c_ends_a_search_with_its_best_plan_and_a_frontier_without_an_answer(
+    entry, tmp_path, monkeypatch, capsys, command, status
+):
+    """As a terminal sends it, at the first word of a solver: the search for a plan ends, a frontier ends altogether."""
+
+    def interrupted(self, text, told=recompute_search.Search.say):
+        monkeypatch.setattr(recompute_search.Search, "say", told)
+        os.kill(os.getpid(), signal.SIGINT)
+        told(self, text)
+
+    monkeypatch.setattr(recompute_search.Search, "say", interrupted)
+    given = ["--memory-budget", "75%"] if command == "plan" else []
+    assert run([command, entry, *given, "-o", "answer.json"]) == status
+    captured = capsys.readouterr()
+    assert "interrupted" in captured.err and bool(captured.out) == (tmp_path / "answer.json").exists() == (status == 0)
 
 
 def test_inference_holds_less_and_inputs_may_be_shapes(entry, capsys):
