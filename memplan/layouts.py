@@ -1,4 +1,7 @@
-"""Kernels whose results lie otherwise in memory than torch's fake tensors say: their operands are made dense first.
+"""Kernels whose results lie otherwise in memory than torch's fake tensors say: others that do the same take their place.
+
+A loss that is averaged or summed is computed element by element into what becomes the result's storage: the one number,
+and with it the caller, holds as many bytes as an operand. The two halves as ops of their own give the same bits.
 
 On the CPU a batch norm's results are dense in the layout that its input suggests; the fake kernel gives them the strides
 of what it computes them from. The two differ where tokens are transposed before the norm: every later view and every
@@ -31,6 +34,23 @@ def _densely(target: torch._ops.OpOverload, *places: int) -> Callable[..., Any]:
     return dense
 
 
+def _in_halves(target: torch._ops.OpOverload) -> Callable[..., Any]:
+    """A loss whose elements get a storage of their own, which dies once they are averaged or summed."""
+    names = [argument.name for argument in target._schema.arguments]
+
+    def halves(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        reduction = given.get("reduction", _MEAN)
+        if reduction not in _REDUCTIONS:
+            return NotImplemented
+        return _REDUCTIONS[reduction](target(**given | {"reduction": _NONE}))
+
+    return halves
+
+
+_NONE, _MEAN, _SUM = range(3)  # at::Reduction
+_REDUCTIONS = {_MEAN: aten.mean.default, _SUM: aten.sum.default}
+
 # A decomposition table for AOTAutograd.
 DENSE_OPERANDS: dict[Any, Callable[..., Any]] = {
     target: _densely(target, *places)
@@ -41,5 +61,12 @@ DENSE_OPERANDS: dict[Any, Callable[..., Any]] = {
         (aten._native_batch_norm_legit_no_training.default, 0),
         (aten.native_batch_norm.default, 0),
         (aten.native_batch_norm_backward.default, 0, 1),
+    )
+} | {
+    target: _in_halves(target)
+    for target in (
+        aten.mse_loss.default,
+        aten.smooth_l1_loss.default,
+        aten.binary_cross_entropy.default,
     )
 }

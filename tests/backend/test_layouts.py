@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memplan.layouts import DENSE_OPERANDS
 from memplan.torch_compat import FakeTensorMode
-from tests.backend.compare import compare
+from tests.backend.compare import FAST, compare
 
 aten = torch.ops.aten
 WIDTH = 16
@@ -59,3 +59,21 @@ def test_fake_tensors_are_right_once_operands_are_dense(order: tuple[int, ...], 
     real = strides()
     with FakeTensorMode():
         assert strides() == real
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("name", ("mse_loss", "smooth_l1_loss", "binary_cross_entropy"))
+def test_a_loss_holds_one_number(name: str, reduction: str) -> None:
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = getattr(nn.functional, name)(x.sigmoid(), y, reduction=reduction)
+            return loss
+
+    chance = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(32, 64, generator=chance).requires_grad_(k == 0) for k in range(2))
+    run = torch.compile(Loss(), backend="memplan", options=FAST)
+    loss, wanted = run(x, y), Loss()(x, y)
+    assert torch.equal(loss, wanted)
+    assert loss.untyped_storage().nbytes() == loss.nbytes
+    found, gradient = (torch.autograd.grad(value.sum(), x)[0] for value in (loss, wanted))
+    torch.testing.assert_close(found, gradient)
