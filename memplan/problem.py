@@ -27,8 +27,9 @@ The rules that every solver, the simulator and the validator share:
   unchanged since) takes no second copy-out: ``out_from == out_until``. To one that has not, such an offload copies at
   once, the step waiting: so goes home what the last run changed. A plan's time is the end of its last run and of
   the waits after it.
-* A forward output is on the device from the begin of backward on, other outputs are at the end, and a resident buffer
-  without a home always is: the caller holds them.
+* A forward output is on the device from the begin of backward on, a *given* one (an output whose op is ``once`` and reads
+  nothing, as the gradients that a backward starts from) from where it is made, other outputs are at the end, and a
+  resident buffer without a home always is: the caller holds them.
 * A resident buffer with a ``home`` lies on that tier before the step and after it, and takes device bytes only between
   its copy-in and the next release. Its offloads have ``made_at`` -1; the first is ``out_from = out_until = 0``, and in
   the last, ``in_from = in_until = len(sequence)``: it stays away. Once an op mutated it, its release is a copy-out.
@@ -143,6 +144,12 @@ class Problem:
     def homed(self) -> tuple[int, ...]:
         """Resident buffers that lie on a tier between steps."""
         return tuple(b for b in self.resident if self.buffers[b].home)
+
+    @cached_property
+    def given(self) -> frozenset[int]:
+        """Outputs that the caller holds from where they are made."""
+        kept = set(self.outputs) - set(self.forward_outputs)
+        return frozenset(b for op in self.ops if op.once and not op.reads for b in op.writes if b in kept)
 
     @cached_property
     def resident_bytes(self) -> int:

@@ -112,7 +112,7 @@ def _follow(problem: Problem, sequence: tuple[int, ...]) -> list[_Copy]:
         raise PlanError(f"{ops[missing].name} never runs")
     for b in problem.outputs:
         if not (backward_began and b in problem.forward_outputs) and newest[b].held_from is None:
-            newest[b].held_from = len(sequence)
+            newest[b].held_from = newest[b].made + 1 if b in problem.given else len(sequence)
     return copies
 
 

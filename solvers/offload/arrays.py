@@ -20,11 +20,12 @@ CHANGED = 2  # parallel to READS, 1: the op changes the buffer in place
 WRITE_ROW, WRITES = 3, 4  # results of each op
 WRITER, SIZE, HOME = 5, 6, 7  # per buffer: op that makes it (-1: none), bytes, its home's tier (-1: none)
 HELD = 8  # forward outputs that an op makes
-KEPT = 9  # buffers held or at home when the step ends, HELD left out
+KEPT = 9  # buffers held or at home when the step ends, HELD and GIVEN left out
 WORKSPACE, FORWARD, ONCE = 10, 11, 12  # per op: bytes, and 1 for those
 CAPACITY = 13  # per tier: bytes
 UNTIL_FIRST = 14  # per op: the op before whose first run all its runs come (-1: none)
-COUNT = 15  # the numbers named below
+GIVEN = 15  # per buffer, 1: the caller holds it from where it is made
+COUNT = 16  # the numbers named below
 OPS, BUFFERS, TIERS, N_HELD, N_KEPT, WIDTH = 0, 1, 2, 3, 4, 5  # WIDTH: the most reads of an op
 
 
@@ -43,7 +44,8 @@ def pack(problem: Problem) -> Graph:
     changed = [int(b in op.mutates) for op, of_op in zip(ops, reads, strict=True) for b in of_op]
     joint = any(op.phase != Phase.FORWARD for op in ops)
     held = [b for b in problem.forward_outputs if joint and writer[b] >= 0]
-    kept = [b for b in problem.outputs if writer[b] >= 0 and b not in set(held)] + list(problem.homed)
+    elsewhere = {*held, *problem.given}
+    kept = [b for b in problem.outputs if writer[b] >= 0 and b not in elsewhere] + list(problem.homed)
     rows: list[Sequence[int]] = [
         *_rows(reads),
         changed,
@@ -58,6 +60,7 @@ def pack(problem: Problem) -> Graph:
         [op.once for op in ops],
         [tier.capacity for tier in problem.tiers],
         [min((u for u, op in enumerate(ops) if i in op.after_all), default=-1) for i in range(len(ops))],
+        [b in problem.given for b in range(len(buffers))],
         [len(ops), len(buffers), len(names), len(held), len(kept), max((len(r) for r in reads), default=0)],
     ]
     table = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)

@@ -16,6 +16,7 @@ from memplan.solvers.offload.arrays import (
     CHANGED,
     COUNT,
     FORWARD,
+    GIVEN,
     HELD,
     HOME,
     KEPT,
@@ -120,9 +121,9 @@ def find_gaps(g, runs, ops, length, slots, v):
         for k in range(g[WRITE_ROW, i], g[WRITE_ROW, i + 1]):
             b = g[WRITES, k]
             v[LAST, b] = v[NEWEST, b] = p
-            v[PINNED, b] = 0
+            v[PINNED, b] = g[GIVEN, b]
             v[CHANGE, p] += g[SIZE, b]
-            v[CHANGE, p + 1] -= g[SIZE, b]
+            v[CHANGE, length + 1 if g[GIVEN, b] == 1 else p + 1] -= g[SIZE, b]
             for j in range(tiers):
                 v[ROWS + 2 * j, b] = NONE
     behind = slots.shape[1] - buffers

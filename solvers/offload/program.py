@@ -124,7 +124,7 @@ class Program:
         """The budget at position k; the running op's operands and results are there."""
         t = self.at[k]
         op, problem = self.problem.ops[t], self.problem
-        used = {*op.reads, *op.writes} | (self.held if t >= self.begin else set())
+        used = {*op.reads, *op.writes} | (self.held if t >= self.begin else set()) | problem.given
         unit = max(1, room)
         terms = []
         for b in self.live:

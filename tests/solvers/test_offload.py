@@ -103,6 +103,28 @@ def test_the_replay_is_what_the_validator_finds(seed: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_what_the_caller_gives_stays(seed: int) -> None:
+    """The gradients that a backward starts from are outputs of an op without operands, which the caller holds."""
+    problem = random_problem(seed, homes=False)
+    at = len(problem.ops) // 2
+    handover = replace(problem.ops[at], reads=(), mutates=(), once=True)
+    given = handover.writes
+    readers = [replace(op, reads=tuple({*op.reads, given[0]})) for op in problem.ops[at + 1 :]]
+    ops = (*problem.ops[:at], handover, *readers[:2], *problem.ops[at + 3 : -1], readers[-1])
+    problem = replace(problem, ops=ops, outputs=tuple(dict.fromkeys((*problem.outputs, *given))))
+    assert problem.given == set(given)
+    search = Search(problem, Limits(seed=seed), float("inf"))
+    search.load(range(len(ops)), (), 10**9, mix=True)
+    search.anneal(1000, 100.0, 100.0, 0.0)
+    sequence, stays = search.found()
+    assert check_plan(problem, sequence, stays)[0] == search.best.peak[0] + problem.resident_bytes
+    for share in (0.1, 0.5):
+        plan = solve_offload(problem, between(problem, share), limits=SHORT)
+        validate(problem, plan)
+        assert not {stay.buffer for stay in plan.offloads} & problem.given
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_not_slower_than_either_alone(seed: int) -> None:
     problem = random_problem(seed, homes=False)
     budget = between(problem, 0.4)
@@ -218,6 +240,14 @@ def test_the_validator_refuses(stay: Offload, match: str) -> None:
     problem, plan = chain(Tier("disk", 10, 1.0, 1.0, 2.0))
     with pytest.raises(PlanError, match=match):
         check_plan(problem, plan.sequence, (stay,))
+
+
+def test_the_validator_keeps_what_the_caller_gives() -> None:
+    problem, plan = chain(Tier("disk", 10, 1.0, 1.0, 2.0))
+    given, *rest = problem.ops
+    problem = replace(problem, ops=(replace(given, once=True), *rest), outputs=(0, 3))
+    with pytest.raises(PlanError, match="the caller holds it"):
+        check_plan(problem, plan.sequence, (Offload(0, 0, 2, 2, 3, 3, "disk"),))
 
 
 def test_a_copy_crosses_once() -> None:
