@@ -112,7 +112,9 @@ class Analysis:
         """
         planned = _with_relative_sources(program)
         before = _with_relative_sources(unplanned) if unplanned else None
-        return cls(planned, plan, before, name, target, environment(), decisions, frontier, notes, measured)
+        decided = _relative_decisions(decisions)
+        points = tuple(replace(point, decisions=_relative_decisions(point.decisions)) for point in frontier)
+        return cls(planned, plan, before, name, target, environment(), decided, points, notes, measured)
 
     # What is held
 
@@ -274,6 +276,11 @@ def _with_relative_sources(program: Program) -> Program:
     return replace(
         program, storages=tuple(replace(s, source=relative_source(s.source, here)) for s in program.storages)
     )
+
+
+def _relative_decisions(decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
+    here = str(Path.cwd())
+    return tuple(replace(d, source=relative_source(d.source, here)) for d in decisions)
 
 
 def environment() -> dict[str, str]:

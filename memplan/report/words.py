@@ -21,8 +21,8 @@ def format_time(microseconds: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """'12.5 %'; '0 %' of nothing."""
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+    """'12.5 %'; '0 %' of nothing, never '-0.0 %'."""
+    return f"{100 * part / whole:z.1f} %" if whole else "0 %"
 
 
 def headline(analysis: Analysis) -> str:

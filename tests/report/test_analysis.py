@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from samples import KiB, mlp_problem, planned_analysis, program_of, recomputing_sequence, unplanned_analysis
 
-from memplan.analysis import Analysis, lifetimes, timeline
+from memplan.analysis import Analysis, FrontierPoint, lifetimes, timeline
 from memplan.decisions import alive_at_peak, decisions_of, family
 from memplan.errors import InputError
 from memplan.plans import Offload, Plan
@@ -46,6 +47,17 @@ def test_decisions_say_what_is_recomputed_what_it_frees_and_what_it_costs():
     assert (decision.count, decision.runs, decision.time) == (3, 3, 15.0)
     assert decision.freed == 3 * 8 * 64 * KiB
     assert decision.source == "model.py:30"
+
+
+def test_sources_are_relative_wherever_they_stand(tmp_path, monkeypatch):
+    """In storages, decisions and the decisions of a frontier: analyses of two checkouts compare."""
+    monkeypatch.chdir(tmp_path)
+    made = planned_analysis()
+    (decision,) = made.decisions
+    absolute = replace(decision, source=f"{tmp_path}/model.py:30")
+    point = FrontierPoint(1, 1, 1.0, 1.0, decisions=(absolute,))
+    analysis = Analysis.of(made.program, made.plan, decisions=(absolute,), frontier=(point,))
+    assert analysis.decisions == analysis.frontier[0].decisions == (decision,)
 
 
 def test_offloads_are_decisions_too():

@@ -56,7 +56,9 @@ def test_annotations_escape_and_point_at_the_line():
 
 def test_markdown_puts_the_verdict_first_and_folds_the_changes():
     markdown = ci.verdict_markdown(ALL)
-    assert markdown.startswith("### ❌ memplan: broken could not be analysed (1 of 4); over, grown over budget (2 of 4)")
+    assert markdown.startswith(
+        "### ❌ memplan: broken could not be analysed (1 of 4); over, grown over budget (2 of 4)"
+    )
     assert "| model | base | head | Δ | limit | |" in markdown and "<details><summary>grown" in markdown
     assert "model.py:30" in markdown and "<x>" not in markdown
     for row in re.findall(r"^\|.*\|$", markdown, re.MULTILINE):

@@ -18,6 +18,11 @@
     return `${n.toFixed(2)} TiB`;
   }
 
+  function signed(share) {
+    const text = share.toFixed(2);
+    return Number(text) > 0 ? `+${text}` : text.replace("-0.00", "0.00");
+  }
+
   // Round byte ticks: multiples of a power of two that give about five of them.
   function byteAxis(min, max) {
     let step = 1;
@@ -27,12 +32,13 @@
     return { tickvals: ticks, ticktext: ticks.map(bytes), range: [min, max], gridcolor: ink("--line"), zeroline: false, fixedrange: true };
   }
 
-  function layout(more) {
+  // ``named``: entries of the legend, which stands below the chart, two a line on a phone.
+  function layout(named, more) {
     return Object.assign({
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink("--ink"), family: "system-ui, sans-serif", size: narrow.matches ? 11 : 13 },
-      margin: { l: narrow.matches ? 62 : 78, r: 12, t: 28, b: narrow.matches ? 96 : 76 },
-      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 12 } },
+      margin: { l: narrow.matches ? 62 : 78, r: 12, t: 28, b: narrow.matches ? 62 + 20 * Math.ceil(named / 2) : 76 },
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 12 }, ...(narrow.matches && { entrywidth: 0.5, entrywidthmode: "fraction" }) },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: ink("--soft"), activecolor: ink("--accent") },
       hoverlabel: { bgcolor: ink("--raised"), bordercolor: ink("--line"), font: { color: ink("--ink") }, align: "left" },
       dragmode: narrow.matches ? false : "zoom",
@@ -88,7 +94,7 @@
     }
     if (cursor >= 0) shapes.push(cursorLine());
     const highest = Math.max(...total, ...(data.unplanned ? data.unplanned.total : [0]), data.budget || 0);
-    Plotly.react("timeline", traces, layout({
+    Plotly.react("timeline", traces, layout(traces.length - 1, {
       hovermode: "x unified", shapes, annotations, yaxis: byteAxis(0, 1.06 * highest),
       xaxis: { title: { text: axis === "step" ? "step" : "predicted time, µs" }, gridcolor: ink("--line"), zeroline: false, unifiedhovertitle: { text: "%{x}" } },
     }), config);
@@ -155,16 +161,16 @@
         hovertemplate: "<b>%{customdata[0]}</b> %{customdata[1]}<br>%{customdata[2]}<br>%{customdata[3]}<br>steps %{customdata[4]} to %{customdata[5]}<extra>" + c.name + "</extra>" };
     }).filter((t) => t.x.length);
     const highest = Math.max(1, ...data.map.map(([l, offset]) => offset + data.storages[data.lives[l][0]][1]));
-    Plotly.react("map", traces, layout({ barmode: "overlay", hovermode: "closest", yaxis: byteAxis(0, 1.03 * highest),
+    Plotly.react("map", traces, layout(traces.length, { barmode: "overlay", hovermode: "closest", yaxis: byteAxis(0, 1.03 * highest),
       xaxis: { title: { text: "step" }, gridcolor: ink("--line"), zeroline: false, range: [0, steps.steps] } }), config);
   }
 
   function drawModules() {
     const m = data.modules;
     Plotly.react("modules", [{ type: "icicle", ids: m.path, labels: m.name, parents: m.parent, values: m.total, branchvalues: "total", customdata: m.total.map(bytes), tiling: { orientation: narrow.matches ? "v" : "h" },
-      texttemplate: "%{label} %{customdata}", hovertemplate: "<b>%{id}</b><br>%{customdata}, %{percentRoot} of the peak<extra></extra>", sort: false, maxdepth: narrow.matches ? 3 : 5,
-      marker: { colorscale: dark.matches ? [[0, "#23405f"], [1, "#5b9bd5"]] : [[0, "#dbe9f7"], [1, "#6ba3d6"]], colors: m.total, line: { color: ink("--ground"), width: 1 } } }],
-      layout({ margin: { l: 4, r: 4, t: 4, b: 4 }, uniformtext: { minsize: 11, mode: "hide" } }), withButtons("toImage"));
+      texttemplate: "%{label} %{customdata}", hovertemplate: "<b>%{id}</b><br>%{customdata}, %{percentRoot} of the peak<extra></extra>", sort: false, maxdepth: narrow.matches ? 3 : 5, textfont: { color: ink("--ink") },
+      marker: { colorscale: dark.matches ? [[0, "#1d3550"], [1, "#2f6ca8"]] : [[0, "#dbe9f7"], [1, "#6ba3d6"]], colors: m.total, line: { color: ink("--ground"), width: 1 } } }],
+      layout(0, { margin: { l: 4, r: 4, t: 4, b: 4 }, uniformtext: { minsize: 11, mode: "hide" } }), withButtons("toImage"));
   }
 
   // Peak against time, and the slider over its budgets
@@ -173,13 +179,13 @@
     if (!byId("frontier")) return;
     const f = data.frontier, chosen = Number(byId("budget").value), lowest = f.peak.indexOf(Math.min(...f.peak));
     const more = f.time.map((t) => (data.base_time ? 100 * (t / data.base_time - 1) : 0));
-    const hover = f.peak.map((p, i) => `budget ${bytes(f.budget[i])}<br>peak ${bytes(p)}<br>+${more[i].toFixed(2)} % time<br>${f.status[i]}`);
+    const hover = f.peak.map((p, i) => `budget ${bytes(f.budget[i])}<br>peak ${bytes(p)}<br>${signed(more[i])} % time<br>${f.status[i]}`);
     const marked = { type: "scatter", mode: "markers", hoverinfo: "skip" };
     Plotly.react("frontier", [
       { type: "scatter", mode: "lines+markers", name: "plans", x: f.peak, y: more, text: hover, hovertemplate: "%{text}<extra></extra>", line: { color: ink("--accent"), width: 2 }, marker: { size: 8 } },
       { ...marked, name: "smallest feasible", x: [f.peak[lowest]], y: [more[lowest]], marker: { size: 16, symbol: "diamond-open", color: ink("--bad"), line: { width: 3 } } },
       { ...marked, name: "chosen", x: [f.peak[chosen]], y: [more[chosen]], marker: { size: 15, symbol: "circle-open", color: ink("--ink"), line: { width: 2 } } },
-    ], layout({
+    ], layout(3, {
       xaxis: Object.assign(byteAxis(0.9 * f.peak[lowest], 1.05 * Math.max(...f.peak)), { title: { text: "peak" } }),
       yaxis: { title: { text: "more time, %" }, gridcolor: ink("--line"), zeroline: true, rangemode: "tozero" },
     }), config);
