@@ -177,6 +177,9 @@ def index_bound(described: Signature) -> int:
         return args[1].shape[0]
     if packet is aten.embedding_dense_backward:
         return args[2]
+    if packet in (aten._embedding_bag_backward, aten._embedding_bag_dense_backward):
+        rows = args[6 if packet is aten._embedding_bag_backward else 5]
+        return min(rows, args[0].shape[0])  # rows are looked up, and bags
     if packet is aten.nll_loss_forward or packet is aten.nll_loss_backward:
         return args[0 if packet is aten.nll_loss_forward else 1].shape[-1]
     if packet in (aten.index, aten._unsafe_index, aten.index_put, aten._unsafe_index_put):
@@ -197,7 +200,8 @@ def _materialize(described: Any, bound: int) -> Any:
 
 
 def synthetic(layout: Layout, bound: int = 1) -> torch.Tensor:
-    """A tensor of a layout: floats in (0, 1], where every function is defined, integers in [0, bound)."""
+    """A tensor of a layout: floats in (0, 1], where every function is defined, integers in [1, bound): a zero may be the
+    size of something empty, which needs less. Where none is below ``bound``, zeros."""
     extent = layout.extent
     storage = torch.zeros(extent, dtype=layout.dtype, device=layout.device)
     block = _block(layout, min(extent, _BLOCK), bound)
@@ -218,7 +222,7 @@ def _block(layout: Layout, size: int, bound: int) -> torch.Tensor | None:
     if layout.dtype == torch.bool:
         return torch.rand(size, **draw) > 0.5
     if layout.dtype in (torch.int64, torch.int32) and bound > 1:
-        return torch.randint(bound, (size,), dtype=layout.dtype, **draw)
+        return torch.randint(1, bound, (size,), dtype=layout.dtype, **draw)
     return None
 
 

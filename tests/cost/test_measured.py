@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from memplan.cost.measured import MeasuredCost, measure, synthetic
 from memplan.cost.signature import Signature, describe, signature
 from memplan.devices import profile_for
 from memplan.errors import OptionError
+from memplan.torch_compat import allocation_events
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
@@ -205,3 +207,23 @@ def test_lookups_get_valid_indices(classes: int) -> None:
         lambda t, i: aten.embedding_dense_backward.default(t.new_zeros(64, 8), i, t.size(0), -1, False),
     ):
         assert measure(signature(only(call, table, ids)), 64).time > 0
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_bags_are_measured_as_if_none_were_empty(mode: int) -> None:
+    """A maximum's gradient takes room for every bag that is not empty."""
+    table, ids, starts = torch.rand(500, 32), torch.randint(500, (4096,)), torch.arange(0, 4096, 8)
+
+    def backward(table: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        bags, *lists = aten._embedding_bag.default(table, ids, starts, False, mode)
+        found = aten._embedding_bag_backward.default(bags, ids, starts, *lists, 500, False, mode, False, None)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    bags, *lists = aten._embedding_bag.default(table, ids, starts, False, mode)
+    made, events = allocation_events(
+        lambda: aten._embedding_bag_backward.default(bags, ids, starts, *lists, 500, False, mode, False, None)
+    )
+    held = max(accumulate(events)) - made.untyped_storage().nbytes()
+    found = model().cost(only(backward, table, ids, starts)).workspace
+    assert held <= found <= 1.5 * held
