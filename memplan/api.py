@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import re
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from memplan import torch_compat
-from memplan.analysis import Analysis, FrontierPoint, alive
+from memplan.analysis import Analysis, FrontierPoint, alive, relative_source
 from memplan.backend import compile_with
 from memplan.build_problem import TANGENTS, allocated
 from memplan.capture import is_tangent
 from memplan.cost.analytic import AnalyticCost
 from memplan.decisions import decisions_of
 from memplan.devices import DeviceProfile, profile_for
-from memplan.errors import BudgetInfeasibleError, InputError
+from memplan.errors import BudgetInfeasibleError, InputError, MemplanError
 from memplan.optimizers import Optimizer, Trained, with_update
 from memplan.options import Options
 from memplan.outcome import Limits
@@ -259,9 +264,30 @@ def _trace(
             if refused:
                 raise refused[0] from None
             raise InputError(f"the model cannot be traced: {error}") from error
+        except MemplanError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
+            raise InputError(_forward_failure(error)) from error
     if not planned:
         raise InputError("nothing to plan: the model ran without a single captured graph")
     return planned
+
+
+def _forward_failure(error: Exception) -> str:
+    """Where the model's code failed and why, in a line; dynamo says it in thirty."""
+    told = str(error)
+    frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+), in ', told)]
+    if not frames:
+        frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    ours, torchs = (f"{Path(module.__file__ or '').parent}{os.sep}" for module in (sys.modules[__name__], torch))
+    since = max((k for k, (file, _) in enumerate(frames) if file.startswith(ours)), default=-1) + 1
+    places = [f"{file}:{line}" for file, line in frames[since:] if not file.startswith((torchs, "<"))]
+    where = f" at {relative_source(places[-1])}" if places else ""
+    inner = re.search(r"got (\w+\(.*\))$", told, re.MULTILINE)
+    cause = inner[1] if inner else f"{type(error).__name__}: {told.partition(chr(10))[0]}"
+    if isinstance(error, torch_compat.DataDependentOutputException):
+        cause = "it asks a tensor for its value, where an analysis has only shapes"
+    return f"the model's forward failed{where}: {cause}"
 
 
 def _fake(

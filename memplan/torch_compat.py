@@ -15,13 +15,14 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import with_effects
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import find_symbol_binding_fx_nodes, free_symbols, is_symbol_binding_fx_node
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 __all__ = [
     "BackendCompilerFailed",
+    "DataDependentOutputException",
     "FailOnRecompileLimitHit",
     "FakeTensor",
     "FakeTensorMode",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -240,6 +242,10 @@ def analyse(
             if said is not None:
                 said(text)
 
+        if not os.environ.get(
+            "MEMPLAN_DEBUG"
+        ):  # torch logs what a forward raises, traceback and all, beside raising it
+            logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         try:
             loaded = load_entry(entry, inputs or ())
             from memplan import api

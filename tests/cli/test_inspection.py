@@ -44,6 +44,21 @@ def alone():
 """
 
 
+FAILING = """
+class Choose(Block):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Refuse(Block):
+    def forward(self, x):
+        raise ValueError("no mask")
+
+
+choose, refuse = Choose(), Refuse()
+"""
+
+
 @pytest.fixture
 def entry(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(MODEL)
@@ -71,6 +86,26 @@ def test_what_the_code_prints_is_not_data(entry, tmp_path, capsys):
     assert run(["analyze", "train.py:noisy", "--no-advice", "--format", "json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["peak_bytes"] and "loading" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "line", "said"),
+    [
+        ("alone", "256x31", "self.up(x)", "b must have same reduction dim"),
+        ("choose", "256x32", "x.sum() > 0", "it asks a tensor for its value"),
+        ("refuse", "256x32", "raise ValueError", "ValueError: no mask"),
+    ],
+)
+def test_a_forward_that_fails_is_the_models_fault_and_says_where(entry, capsys, name, shape, line, said):
+    with open("train.py", "a") as file:
+        file.write(FAILING)
+    with open("train.py") as file:
+        at = next(k for k, text in enumerate(file, start=1) if line in text)
+    assert run(["analyze", f"train.py:{name}", "--input", shape, "--no-advice"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and f"the model's forward failed at train.py:{at}: " in captured.err
+    assert said in captured.err
+    assert "internal error" not in captured.err and "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize("budget", ["", "lots", "-5", "0%", "nan%"])
