@@ -281,9 +281,11 @@ def graph_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any] = (
 
 
 def input_name(source: str) -> str:
-    """``L['self']._modules['h']._modules['0']._parameters['weight']`` → ``h.0.weight``; ``L['x']`` → ``x``."""
+    """``L['self']._modules['h']._modules['0']._parameters['weight']`` → ``h.0.weight``; ``L['x']`` → ``x``.
+
+    ``fn`` is what torch calls a model whose forward is torch's own, as that of an nn.Sequential."""
     parts = re.findall(r"\['([^']+)'\]", source)
-    return ".".join(parts[1:] if len(parts) > 1 and parts[0] == "self" else parts)
+    return ".".join(parts[1:] if len(parts) > 1 and parts[0] in ("self", "fn") else parts)
 
 
 def primal_inputs(graph_module: fx.GraphModule, inputs: Sequence[Input]) -> list[Input]:

@@ -141,6 +141,15 @@ def test_ctrl_c_ends_a_search_with_its_best_plan_and_a_frontier_without_an_answe
     assert "interrupted" in captured.err and bool(captured.out) == (tmp_path / "answer.json").exists() == (status == 0)
 
 
+def test_a_model_that_is_torchs_own_class_has_one_tree_of_modules(tmp_path, monkeypatch, capsys):
+    """Parameters stand at the paths of their ops, though torch calls such a model's forward through a function."""
+    (tmp_path / "own.py").write_text("from torch import nn\nmodel = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(["analyze", "own.py:model", "--input", "4x8", "--no-advice", "--format", "json"]) == 0
+    alive = json.loads(capsys.readouterr().out)["at_peak"]
+    assert {b["module"] for b in alive if b["category"] == "parameter"} == {"0", "1"}
+
+
 def test_inference_holds_less_and_inputs_may_be_shapes(entry, capsys):
     peaks = []
     for line in (["train.py:alone", "--input", "256x32"], ["train.py:alone", "--input", "256x32", "--inference"]):
