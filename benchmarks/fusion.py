@@ -39,7 +39,7 @@ from memplan.passes.attention import FuseAttention
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.fuse import Fuse
-from memplan.planner import Planned
+from memplan.realise import Planned
 from memplan.simulate import simulate
 from memplan.torch_compat import allocation_events
 

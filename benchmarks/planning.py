@@ -26,7 +26,8 @@ from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.options import Options
 from memplan.outcome import Limits
-from memplan.planner import Planned, realise, solve
+from memplan.realise import Planned, realise
+from memplan.solving import solve
 
 LAYERS = (8, 16, 32, 48, 96, 192)
 BUDGET = 0.5

@@ -28,11 +28,12 @@ from memplan.optimizers import Optimizer, Trained, with_update
 from memplan.options import Options
 from memplan.outcome import Limits
 from memplan.passes.coverage import coverage
-from memplan.planner import Planned, realise, stored_plan
 from memplan.plans import Plan
 from memplan.problem import Category
 from memplan.program import Program
+from memplan.realise import Planned, realise
 from memplan.simulate import simulate
+from memplan.solving import stored_plan
 from memplan.units import parse_budget
 
 log = logging.getLogger("memplan")

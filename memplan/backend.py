@@ -30,8 +30,9 @@ from memplan.passes.normalise import Normalise
 from memplan.passes.simplify import Simplify
 from memplan.passes.split import Split
 from memplan.pieces import Model, Models, Piece
-from memplan.planner import NOTHING, Elsewhere, Planned, Solved, plan_capture
+from memplan.planner import NOTHING, Elsewhere, Solved, plan_capture
 from memplan.problem import Category
+from memplan.realise import Planned
 from memplan.rewrites import Compiled, compile_best
 from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script

@@ -26,8 +26,9 @@ from memplan.options import Options
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.split import Split
 from memplan.pieces import Models
-from memplan.planner import Elsewhere, Planned, plan_capture
+from memplan.planner import Elsewhere, plan_capture
 from memplan.problem import Category
+from memplan.realise import Planned
 from memplan.watch import WatchedModel, WatchedPiece
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]

@@ -18,8 +18,9 @@ from torch import fx
 from memplan import torch_compat
 from memplan.errors import BudgetInfeasibleError
 from memplan.options import Options
-from memplan.planner import Elsewhere, Planned
+from memplan.planner import Elsewhere
 from memplan.problem import Category, Phase
+from memplan.realise import Planned
 
 log = logging.getLogger("memplan")
 

@@ -1,4 +1,4 @@
-"""Which solvers run, in which order; from a captured graph to a validated plan and the Program it means."""
+"""From a captured graph to a validated plan and the Program it means."""
 
 from __future__ import annotations
 
@@ -8,27 +8,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from memplan import torch_compat
-from memplan.build_problem import BuiltProblem, build_problem
+from memplan.build_problem import OP, BuiltProblem, build_problem
 from memplan.capture import Capture
 from memplan.cost import CostModel
 from memplan.cost.links import slower_tiers
 from memplan.cost.signature import signature
 from memplan.cost.workspace import unseen
 from memplan.errors import BudgetInfeasibleError, LiveBuffer, PlanError
-from memplan.lower import Lowered, lower
+from memplan.lower import Lowered
 from memplan.options import Options
 from memplan.outcome import Limits, Status
-from memplan.passes.fuse import Fuse, Fused
-from memplan.passes.offload import Offload, stores
-from memplan.passes.reuse import Reuse, largest_over_operands
-from memplan.passes.schedule import Schedule, Scheduled
+from memplan.passes.fuse import Fuse
+from memplan.passes.reuse import Overlays, any_overlays, overlaid, overlays, overwritten
 from memplan.place import Layout, place
 from memplan.plans import Plan
 from memplan.problem import Phase, Problem
-from memplan.program import StepKind
-from memplan.runtime.tiers import Store
-from memplan.simulate import Timeline, simulate
+from memplan.realise import Planned, contracted, finished, has_symbolic_sizes, realise, reused, reuses
+from memplan.solving import solve, stored_plan
 from memplan.trace import SILENT, Trace
 from memplan.validate import check_sequence, validate
 
@@ -53,40 +49,7 @@ class Elsewhere:
 
 
 NOTHING = Elsewhere()
-Solved = dict[tuple[Problem, int | None], Plan]  # by problem and budget
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A captured graph, its plan, and the joint Program that the plan means."""
-
-    built: BuiltProblem
-    plan: Plan
-    scheduled: Scheduled
-    lowered: Lowered
-    timeline: Timeline
-    layout: Layout | None = None  # offsets in an arena; None where torch allocates
-    budget: int | None = None  # bytes
-    fused: Fused | None = None  # the regions, where fusion is on
-
-    @property
-    def problem(self) -> Problem:
-        return self.built.problem
-
-    @property
-    def lowered_problem(self) -> Problem:
-        """The problem whose ops the scheduled graph's nodes name: a region is an op of its own."""
-        return self.problem if self.fused is None else self.fused.problem
-
-    @property
-    def stores(self) -> dict[str, Store]:
-        """What the compiled function keeps on slower tiers, and what it moved there and back; by tier."""
-        return stores(self.scheduled.graph_module)
-
-    @property
-    def held(self) -> int:
-        """Bytes held at most: the Program's peak, or with an arena that is held throughout."""
-        return self.timeline.peak if self.layout is None else self.layout.held(self.lowered.program)
+Solved = dict[tuple[Problem, int | None, str], Plan]  # by problem, budget and objective
 
 
 def plan_capture(
@@ -112,47 +75,40 @@ def plan_capture(
     built = build_problem(capture, cost, granularity, elsewhere.meanwhile, tiers)
     problem = built.problem
     trace.data("problem", problem)
-    stored = tuple(range(len(problem.ops)))
-    unplanned_peak, unplanned_time = check_sequence(problem, stored)
-    budget = options.budget(unplanned_peak + elsewhere.held)
     limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
+    seek = _Seek(built, options, limits, {} if solved is None else solved)
+    budget = options.budget(seek.stored.peak + elsewhere.held)
     wanted = None if budget is None else budget - elsewhere.held
-    solved = {} if solved is None else solved
-    plan = solved.get((problem, wanted)) or solve(problem, wanted, options, limits)
-    plan = solved[problem, wanted] = replace(plan, unplanned_peak=unplanned_peak, unplanned_time=unplanned_time)
-    trace.data("solved", plan)
-    planned = realise(built, plan, options)
+    planned = seek.plan(wanted)
+    trace.data("solved", planned.plan)
     trace.graph("scheduled", planned.scheduled.graph_module)
-    if options.verify:
-        validate(problem, plan)
-    # A copy that the forward could already bring back comes with the backward: the peak may then lie below the plan's.
-    if planned.timeline.peak > plan.peak or (planned.timeline.peak != plan.peak and not plan.offloads):
-        raise PlanError(f"the Program's peak is {planned.timeline.peak} bytes, its plan's {plan.peak}")
-    if options.fusion_enabled and plan.offloads:
+    if options.fusion_enabled and planned.plan.offloads:
         log.warning("no fusion: regions do not yet move with the transfers of a plan that offloads")
-    planned = _spared(planned, wanted, options, limits, estimated)
+    planned = _spared(planned, wanted, seek, estimated)
     if options.fusion_enabled:
         trace.graph("fused", planned.scheduled.graph_module)
     trace.data("program", planned.lowered.program)
     planned = replace(planned, plan=replace(planned.plan, peak_bound=_peak_bound(planned, options)))
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)
-    if options.placement_enabled and not estimated and not _has_symbolic_sizes(capture):
-        planned = _placed(planned, wanted, options, limits)
+    if options.placement_enabled and not estimated and not has_symbolic_sizes(built):
+        planned = _placed(planned, wanted, seek)
     peak = planned.timeline.peak
     plan = replace(planned.plan, budget=wanted, peak=peak, spared=planned.plan.peak - peak)
-    trace.data("plan", plan)
     if wanted is not None and plan.status not in (Status.OPTIMAL, Status.FEASIBLE):
         # The least plan is over the budget by what fusion or reuse then spared: the Program keeps it.
         plan = replace(plan, status=Status.FEASIBLE)
+    if options.verify:
+        validate(problem, plan)
+    trace.data("plan", plan)
     planned = replace(planned, plan=plan)
     log.info(
         "planned %d ops: peak %d of %d bytes, time %.4g of %.4g us, %d recomputations, gap %.2f%%",
         len(problem.ops),
         planned.held,
-        unplanned_peak,
+        plan.unplanned_peak,
         plan.time,
-        unplanned_time,
+        plan.unplanned_time,
         plan.recomputed,
         100 * plan.gap,
     )
@@ -162,13 +118,92 @@ def plan_capture(
     return planned
 
 
-def _placed(planned: Planned, budget: int | None, options: Options, limits: Limits) -> Planned:
+class _Seek:
+    """Plans of one graph, for one budget or another, and the Programs they mean."""
+
+    def __init__(self, built: BuiltProblem, options: Options, limits: Limits, solved: Solved) -> None:
+        self.built, self.options, self.limits, self.solved = built, options, limits, solved
+        self.stored = stored_plan(built.problem)
+        self.attempts = _ATTEMPTS if len(built.problem.ops) <= _QUICKLY_SOLVED else 1
+
+    def plan(self, budget: int | None) -> Planned:
+        """The plan for so many bytes, all of this graph's; the least one where none is found.
+
+        Where kernels may write over operands, the solver is told of those that may in the stored order; of fewer, should
+        the Program of its plan not bear that out.
+        """
+        if budget is None and self.options.objective == "peak":
+            return self.least()
+        told = overlays = self._overlays()
+        for _ in range(self.attempts):
+            if not overlays:
+                break
+            planned = self._ask(overlays, budget, self.options)
+            if budget is not None and planned.counted > budget:
+                return self.least()
+            limit = planned.counted if budget is None else budget
+            if planned.timeline.peak <= limit:
+                return planned
+            overlays = _borne_out(planned, overlays, limit)
+        planned = self._ask({}, budget, self.options)
+        return self.least() if told and budget is not None and planned.counted > budget else planned
+
+    def least(self) -> Planned:
+        """The plan whose Program holds least, the same for every budget that is refused."""
+        aim = replace(self.options, memory_budget=None, objective="peak")
+        overlays = self._overlays()
+        for _ in range(self.attempts):
+            if not overlays:
+                break
+            planned = self._ask(overlays, None, aim)
+            if planned.timeline.peak <= planned.counted:
+                return planned
+            overlays = _borne_out(planned, overlays, planned.counted)
+        return self._ask({}, None, aim)
+
+    def _overlays(self) -> Overlays:
+        problem, options = self.built.problem, self.options
+        if not options.reuse_enabled or options.fusion_enabled or problem.tiers or has_symbolic_sizes(self.built):
+            return {}
+        return overlays(realise(self.built, self.stored, options).scheduled, problem)
+
+    def _ask(self, overlays: Overlays, budget: int | None, options: Options) -> Planned:
+        """A solver's plan with its Program."""
+        problem = self.built.problem
+        asked = overlaid(problem, overlays)
+        key = (asked, budget, options.objective)
+        plan = self.solved[key] = self.solved.get(key) or solve(asked, budget, options, self.limits)
+        claimed = plan.peak
+        if options.verify:
+            validate(asked, plan)
+        if overlays:
+            plan = replace(plan, budget=None, peak=check_sequence(problem, plan.sequence)[0])
+        peak, time = self.stored.peak, self.stored.time
+        planned = realise(self.built, replace(plan, unplanned_peak=peak, unplanned_time=time), options)
+        # A copy that the forward could already bring back comes with the backward: the peak may then lie below the plan's.
+        found, stated = planned.timeline.peak, planned.plan.peak
+        if found > stated or (found != stated and not plan.offloads):
+            raise PlanError(f"the Program's peak is {found} bytes, its plan's {stated}")
+        planned = replace(planned, counted=claimed)
+        return reused(planned) if overlays else planned
+
+
+def _borne_out(planned: Planned, overlays: Overlays, limit: int) -> Overlays:
+    """Without the results that made memory of their own where more than ``limit`` bytes are held; none if that does not
+    explain it."""
+    steps = zip(planned.lowered.bindings, planned.timeline.loads, strict=True)
+    over = [binding.node for binding, load in steps if load > limit and binding.node is not None]
+    failed = {node.meta[OP] for node in over if OP in node.meta and overwritten(node) is None} & overlays.keys()
+    return {op: size for op, size in overlays.items() if op not in failed} if failed else {}
+
+
+def _placed(planned: Planned, budget: int | None, seek: _Seek) -> Planned:
     """The plan with an arena, if that keeps the budget; a little slower a plan where that buys the arena.
 
     An arena is held at its full height while the caller's values stand beside it, so it may need more than the
     Program's peak; the excess is taken off the budget and the plan made again.
     """
-    tightened = budget
+    tightened, options = budget, seek.options
     candidate = planned
     for _ in range(_ARENA_ATTEMPTS):
         candidate = replace(candidate, layout=_layout(candidate.lowered), budget=budget)
@@ -177,114 +212,71 @@ def _placed(planned: Planned, budget: int | None, options: Options, limits: Limi
         if not options.recompute_enabled:
             break
         tightened -= candidate.held - budget
-        plan = solve(planned.problem, tightened, options, limits)
-        if plan.peak > tightened or plan.time > _ARENA_MAY_COST * planned.plan.time:
+        candidate = finished(seek.plan(tightened), options, Fuse(budget, options.lowering))
+        if candidate.timeline.peak > tightened or candidate.plan.time > _ARENA_MAY_COST * planned.plan.time:
             break
-        if options.verify:
-            validate(planned.problem, plan)
-        peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
-        plan = replace(plan, budget=budget, unplanned_peak=peak, unplanned_time=time)
-        candidate = _finished(realise(planned.built, plan, options), options, Fuse(budget, options.lowering))
     log.info("no arena: beside what the caller holds it would not fit the budget")
     return replace(planned, budget=budget)
 
 
-def _spared(planned: Planned, budget: int | None, options: Options, limits: Limits, estimated: bool) -> Planned:
+def _spared(planned: Planned, budget: int | None, seek: _Seek, estimated: bool) -> Planned:
     """The plan with its regions and with results over operands. Where they leave bytes of the budget free, those go back
     to the planner: less is recomputed as long as the Program keeps the budget and gets faster."""
+    options = seek.options
     trial = Fuse(budget, options.lowering, measured=False)
     if budget is None:
         limit = None
         if options.fusion_enabled and options.objective == "time" and not estimated:
-            planned, limit = _free_of_time(planned, options, limits)
+            planned, limit = _free_of_time(planned, seek)
             planned = realise(planned.built, planned.plan, options)
-        return _finished(planned, options, replace(trial, limit=limit, measured=not estimated))
-    best = _finished(planned, options, trial)
+        return finished(planned, options, replace(trial, limit=limit, measured=not estimated))
+    best = finished(planned, options, trial)
     if estimated or best.timeline.peak > budget:
         return best  # refused: no kernel's workspace would help
-    best = _loosened(best, budget, options, limits, trial)
+    best = _loosened(best, budget, seek, trial)
     if not options.fusion_enabled:
         return best
     for plan in (best.plan, planned.plan):
-        found = _finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
+        found = finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
         if found.timeline.peak <= budget:
             return found
     return found
 
 
-def _loosened(best: Planned, budget: int, options: Options, limits: Limits, trial: Fuse) -> Planned:
+def _loosened(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:
     """The fastest of the plans for budgets that exceed this one by what their Programs spare."""
-    peak, time = best.plan.unplanned_peak, best.plan.unplanned_time
-    spare = budget - best.timeline.peak
-    for _ in range(_ATTEMPTS):
-        if not best.plan.recomputed or not options.recompute_enabled or len(best.problem.ops) > _QUICKLY_SOLVED:
+    asked, spare = budget, best.counted - best.timeline.peak
+    for _ in range(seek.attempts):
+        if not best.plan.recomputed or not seek.options.recompute_enabled:
             break
-        if spare < _WORTH_SOLVING * (peak - budget):
+        if spare < _WORTH_SOLVING * (seek.stored.peak - budget):
             break
-        loosened = best.plan.peak + spare
-        plan = solve(best.problem, loosened, options, limits)
-        if plan.peak > loosened or plan.peak <= best.plan.peak:
-            break
-        if options.verify:
-            validate(best.problem, plan)
-        plan = replace(plan, unplanned_peak=peak, unplanned_time=time)
-        candidate = _finished(realise(best.built, plan, options), options, trial)
+        candidate = finished(seek.plan(asked + spare), seek.options, trial)
         if candidate.timeline.peak > budget:
             spare //= 2
         elif candidate.timeline.time >= best.timeline.time:
             break
         else:
-            best, spare = candidate, budget - candidate.timeline.peak
+            asked, best = asked + spare, candidate
+            spare = best.counted - best.timeline.peak - (asked - budget)
     return best
 
 
-def _finished(planned: Planned, options: Options, fuse: Fuse) -> Planned:
-    """A plan that was just realised, with its regions, and with kernels that write over operands which die there."""
-    if options.fusion_enabled and not planned.plan.offloads:
-        planned = _contracted(planned, fuse)
-    return _reused(planned) if _reuses(planned, options) else planned
-
-
-def _reuses(planned: Planned, options: Options) -> bool:
-    return options.reuse_enabled and not planned.plan.offloads and not _has_symbolic_sizes(planned.built.capture)
-
-
-def _free_of_time(planned: Planned, options: Options, limits: Limits) -> tuple[Planned, int | None]:
+def _free_of_time(planned: Planned, seek: _Seek) -> tuple[Planned, int | None]:
     """Without a budget: a plan that holds less, where what it recomputes melts into the backward's regions and so costs
     no time; and the bytes that its regions may hold."""
+    options = seek.options
     if not options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
         return planned, None
-    peak, time = planned.plan.unplanned_peak, planned.plan.unplanned_time
-    longest = _AS_FAST * _contracted(planned, Fuse(None, options.lowering, measured=False)).timeline.time
+    longest = _AS_FAST * contracted(planned, Fuse(None, options.lowering, measured=False)).timeline.time
     for share in _SHARES:
-        limit = int(share * peak)
-        plan = solve(planned.problem, limit, options, limits)
-        if plan.peak > limit:
+        limit = int(share * seek.stored.peak)
+        candidate = seek.plan(limit)
+        if candidate.timeline.peak > limit:
             continue
-        if options.verify:
-            validate(planned.problem, plan)
-        plan = replace(plan, budget=None, unplanned_peak=peak, unplanned_time=time)
-        candidate = realise(planned.built, plan, options)
-        if _contracted(candidate, Fuse(limit, options.lowering, measured=False)).timeline.time <= longest:
+        if contracted(candidate, Fuse(limit, options.lowering, measured=False)).timeline.time <= longest:
             return candidate, limit
     return planned, None
-
-
-def _contracted(planned: Planned, fuse: Fuse) -> Planned:
-    fused = fuse.apply(planned.scheduled, planned.problem)
-    lowered = lower(fused.scheduled.graph_module, fused.problem, fused.scheduled.forward_nodes)
-    return replace(planned, scheduled=fused.scheduled, lowered=lowered, timeline=simulate(lowered.program), fused=fused)
-
-
-def _reused(planned: Planned) -> Planned:
-    """The plan with kernels that write over operands which die there, where the peak falls by it."""
-    steps = zip(planned.lowered.program.steps, planned.lowered.bindings, planned.timeline.loads, strict=True)
-    loads = [(binding.node, load) for step, binding, load in steps if step.kind != StepKind.FREE]
-    scheduled = planned.scheduled
-    if not Reuse(loads).apply(scheduled, planned.lowered_problem):
-        return planned
-    lowered = lower(scheduled.graph_module, planned.lowered_problem, scheduled.forward_nodes)
-    return replace(planned, lowered=lowered, timeline=simulate(lowered.program))
 
 
 def _layout(lowered: Lowered) -> Layout:
@@ -300,84 +292,16 @@ def _layout(lowered: Lowered) -> Layout:
     return place(lowered.program, workspaces, most)
 
 
-def _has_symbolic_sizes(capture: Capture) -> bool:
-    return any(torch_compat.free_symbols(node.meta.get("val")) for node in capture.placeholders)
-
-
-def solve(problem: Problem, budget: int | None, options: Options, limits: Limits) -> Plan:
-    """The plan for a budget in bytes; without one, the plan that costs no time. Over budget only when none fits."""
-    from memplan.solvers.offload import solve_offload
-    from memplan.solvers.order import solve_order
-    from memplan.solvers.recompute import minimise_peak, solve_recompute
-
-    if problem.homed:
-        return _streaming_plan(problem, budget, options, limits)
-    if options.objective == "peak":
-        return (
-            minimise_peak(problem, limits=limits) if options.recompute_enabled else solve_order(problem, limits=limits)
-        )
-    stored = stored_plan(problem, budget)
-    if budget is not None and stored.peak <= budget:
-        return stored
-    ordered = replace(solve_order(problem, goal=budget or 0, limits=limits), budget=budget)
-    if budget is None:
-        return ordered if ordered.peak < stored.peak else stored
-    if ordered.peak <= budget:
-        return replace(ordered, status=Status.OPTIMAL)
-    recompute = options.recompute_enabled
-    if not problem.tiers or not options.swap_enabled:
-        if not recompute:
-            return replace(ordered, budget=None)
-        # Refused, it returns the plan of the least peak, whose bytes are then named as the smallest feasible budget.
-        return solve_recompute(problem, budget, limits=limits, start=ordered.sequence)
-    plan = solve_offload(problem, budget, limits=limits, start=ordered.sequence, recompute=recompute)
-    if plan.peak <= budget or not recompute:
-        return plan
-    lowest = minimise_peak(problem, limits=limits, start=ordered.sequence)
-    if lowest.peak <= budget:
-        return replace(lowest, budget=budget)
-    return plan if plan.offloads and plan.peak < lowest.peak else lowest
-
-
-def _streaming_plan(problem: Problem, budget: int | None, options: Options, limits: Limits) -> Plan:
-    """The plan of a problem with homes: what lies on a tier between steps needs its transfers under any budget."""
-    from memplan.solvers.offload import offload_peak_bound, solve_offload, streamed
-    from memplan.solvers.order import solve_order
-
-    goal = budget
-    if options.objective == "peak":
-        goal = offload_peak_bound(problem)
-    elif goal is None:
-        goal = stored_plan(problem).peak
-    ordered = solve_order(streamed(problem), goal=goal, limits=limits)
-    plan = solve_offload(problem, goal, limits=limits, start=ordered.sequence, recompute=options.recompute_enabled)
-    return plan if goal == budget else replace(plan, budget=None)
-
-
-def stored_plan(problem: Problem, budget: int | None = None) -> Plan:
-    """Every op once, in stored order."""
-    sequence = tuple(range(len(problem.ops)))
-    peak, time = check_sequence(problem, sequence)
-    return Plan(sequence, budget, peak, time, bound=problem.total_time, status=Status.OPTIMAL, solver="stored order")
-
-
-def realise(built: BuiltProblem, plan: Plan, options: Options) -> Planned:
-    """The graph rewritten as the plan says, lowered and replayed."""
-    scheduled = Schedule(plan.sequence).apply(built)
-    if plan.offloads:
-        offload = Offload(plan.sequence, plan.offloads, options.swap_directory, options.tier_limits)
-        scheduled = offload.apply(built, scheduled)
-    lowered = lower(scheduled.graph_module, built.problem, scheduled.forward_nodes)
-    return Planned(built, plan, scheduled, lowered, simulate(lowered.program))
-
-
 def _peak_bound(planned: Planned, options: Options) -> int:
     """A bound on the peak of any Program: regions never make their inner buffers, and a result may lie over an operand."""
+    from memplan.solvers.recompute import peak_bound
+
+    problem = planned.problem
     bound = planned.plan.peak_bound
     if planned.fused is not None:
         bound = 0
-    elif _reuses(planned, options):
-        bound -= largest_over_operands(planned.problem)
+    elif reuses(planned, options):
+        bound = peak_bound(overlaid(problem, any_overlays(problem)))
     return min(planned.timeline.peak, max(planned.problem.resident_bytes, bound))
 
 

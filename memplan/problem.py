@@ -108,7 +108,7 @@ class Op:
     after: tuple[int, ...] = ()  # ops whose first run comes first, beyond what reads imply
     after_all: tuple[int, ...] = ()  # ops all of whose runs come first; such an op is ``once``
     time: float = 0.0  # microseconds on a device; a file's own unit otherwise
-    workspace: int = 0  # bytes held only while it runs, beyond operands and results
+    workspace: int = 0  # bytes held only while it runs, beyond operands and results; negative: results over operands
     phase: Phase = Phase.FORWARD
     once: bool = False  # random, effectful, mutating, or reads what is mutated: never recomputed
     module: str = ""
@@ -193,8 +193,8 @@ class Problem:
             for j in (*op.after, *op.after_all):
                 if j not in seen:
                     raise InputError(f"op {i} ({op.name}) must come after op {j}, which does not come before it")
-            if op.time < 0 or op.workspace < 0:
-                raise InputError(f"op {i} ({op.name}) has a negative time or workspace")
+            if op.time < 0 or op.workspace < -sum(self.buffers[b].size for b in op.writes):
+                raise InputError(f"op {i} ({op.name}) has a negative time, or a workspace below that of its results")
             seen.add(i)
         if not set(self.forward_outputs) <= set(self.outputs):
             raise InputError("a forward output is not among the outputs")
@@ -262,8 +262,9 @@ def read_schema(text: str, kind: str) -> dict[str, Any]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"line {error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(data, dict) or data.pop("kind", None) != kind:
-        raise InputError(f"this is not a memplan {kind} file")
+    found = data.pop("kind", None) if isinstance(data, dict) else None
+    if found != kind:
+        raise InputError(f"this is not a memplan {kind} file" + (f", but a file of kind {found!r}" if found else ""))
     version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise InputError(f"this {kind} file has schema_version {version}; this memplan reads {SCHEMA_VERSION}")

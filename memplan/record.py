@@ -12,7 +12,8 @@ from memplan.backend import recent_plans
 from memplan.decisions import decisions_of
 from memplan.errors import InputError
 from memplan.options import Options
-from memplan.planner import Planned, realise, stored_plan
+from memplan.realise import Planned, realise
+from memplan.solving import stored_plan
 
 
 def record(step: Callable[[], object], planned: Planned | None = None) -> Analysis:

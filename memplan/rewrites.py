@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from memplan.errors import BudgetInfeasibleError
-from memplan.planner import Planned
+from memplan.realise import Planned
 
 log = logging.getLogger("memplan")
 

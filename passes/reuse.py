@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -54,10 +54,31 @@ _DIMENSION: dict[object, int] = {  # place of the dimension that a softmax goes 
 }
 
 
-def largest_over_operands(problem: Problem) -> int:
-    """Bytes that reuse can take off any load at most: those of the largest result which might lie over an operand."""
+Overlays = dict[int, int]  # op -> bytes of its result that lie over an operand which dies there
+
+
+def overlays(scheduled: Scheduled, problem: Problem) -> Overlays:
+    """The ops whose result may lie over an operand wherever they run in a scheduled graph."""
+    found = _Candidates(scheduled).found()
+    fails = {node.meta[OP] for node in scheduled.graph_module.graph.nodes if OP in node.meta and node not in found}
+    return {i: problem.buffers[node.meta[BUFFER]].size for node in found if (i := node.meta[OP]) not in fails}
+
+
+def any_overlays(problem: Problem) -> Overlays:
+    """More than any order allows: every op whose kernel has such a form."""
     kernels = {str(target) for target in OUT_FORMS}
-    return max((problem.buffers[b].size for op in problem.ops if op.target in kernels for b in op.writes), default=0)
+    results = [(i, op.writes[0]) for i, op in enumerate(problem.ops) if op.target in kernels and op.writes]
+    return {i: problem.buffers[b].size for i, b in results}
+
+
+def overlaid(problem: Problem, overlays: Overlays) -> Problem:
+    """The problem as a solver is told it: what lies over an operand takes no memory while its op runs."""
+    if not overlays:
+        return problem
+    ops = [
+        replace(op, workspace=op.workspace - overlays[i]) if i in overlays else op for i, op in enumerate(problem.ops)
+    ]
+    return replace(problem, ops=tuple(ops))
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:

@@ -12,8 +12,9 @@ from torch import nn
 from memplan import api
 from memplan.backend import recent_plans
 from memplan.options import Options
-from memplan.planner import realise, stored_plan
 from memplan.program import Program
+from memplan.realise import realise
+from memplan.solving import stored_plan
 
 
 class Net(nn.Module):

@@ -22,8 +22,9 @@ from memplan.layouts import DENSE_OPERANDS
 from memplan.options import Options
 from memplan.passes.normalise import Normalise
 from memplan.passes.simplify import Simplify
-from memplan.planner import Planned, plan_capture
+from memplan.planner import plan_capture
 from memplan.problem import Phase, Problem
+from memplan.realise import Planned
 from memplan.runtime.arena import Script
 from memplan.runtime.execute import Executable
 from memplan.step.capture import StepCapture, Trained, whole_step

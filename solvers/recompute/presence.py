@@ -170,12 +170,15 @@ def refine(
             break
         left = min(seconds, deadline - clock.monotonic())
         found = presence(problem, budget, at, seconds=left, tolerance=tolerance)
+        rose = found.bound > best.bound * (1 + 1e-9)
         best = replace(best, bound=max(best.bound, found.bound))
         if found.sequence is None:
             break
         loads = weigh(found.sequence)
         if max(loads) < lowest:
             lowest, best = max(loads), replace(best, sequence=found.sequence)
+        elif not rose:
+            break  # it left its nodes before it was as far as the one before: the next would be slower still
         if max(loads) <= room:
             break
         more = _worst(found.sequence, loads, room, set(at))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import memplan
 from memplan.backend import recent_plans
-from memplan.planner import Planned
+from memplan.realise import Planned
 from memplan.runtime import native
 from memplan.runtime.arena import Pool
 from tests.fuzz.recipes import Model, Recipe, recipes
