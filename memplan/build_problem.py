@@ -44,10 +44,10 @@ _MAPPED, _PAGE = 128 << 10, 4096
 
 # Operands that do not influence the outputs a recomputation is read for: running statistics of a batch norm in training
 # only feed the new statistics, whose one reader (the copy back) has run by then.
-_STATISTICS_ONLY: dict[object, tuple[int, ...]] = {
+STATISTICS_ONLY: dict[object, tuple[int, ...]] = {
     torch.ops.aten._native_batch_norm_legit_functional.default: (3, 4),
 }
-_STATISTICS_TRAINING_ARG = 5
+TRAINING_ARG = 5  # of these ops: whether they normalise by the batch's own statistics
 
 # Results that keep the strides of their first operand: the kernel clones its whole storage, the fake result does not.
 _STORAGE_CLONES = {
@@ -336,7 +336,7 @@ def _with_order(problem: Problem, draws: set[int]) -> Problem:
     return replace(problem, ops=tuple(ops))
 
 
-_STATISTICS_TARGETS = {str(target) for target in _STATISTICS_ONLY}
+_STATISTICS_TARGETS = {str(target) for target in STATISTICS_ONLY}
 
 
 def _cost(model: CostModel, node: fx.Node) -> Cost:

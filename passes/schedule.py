@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from memplan.build_problem import RECOMPUTE, TANGENTS, BuiltProblem
+from memplan.build_problem import RECOMPUTE, STATISTICS_ONLY, TANGENTS, TRAINING_ARG, BuiltProblem
 from memplan.capture import input_nodes
 from memplan.passes.copying import resolve
 from memplan.problem import Phase
+from memplan.runtime.norms import without_statistics
 from memplan.runtime.random import draw, replay
 
 
@@ -69,8 +70,8 @@ class _Writer:
             self._resolve(source)
         new = self._copy(kernel)
         new.meta[RECOMPUTE] = again
-        if again and new.target is draw:
-            new.target = replay
+        if again:
+            _as_second_run(new)
         for item in getitems:
             self._copy(item)
         if not again:
@@ -121,6 +122,16 @@ class _Writer:
             else:
                 rest.append(node)
         self.sizes = rest
+
+
+def _as_second_run(node: fx.Node) -> None:
+    """Call what a second run does otherwise than the first."""
+    if node.target is draw:
+        node.target = replay
+    elif node.target in STATISTICS_ONLY and node.args[TRAINING_ARG]:
+        unread = STATISTICS_ONLY[node.target]
+        node.args = tuple(None if k in unread else argument for k, argument in enumerate(node.args))
+        node.target = without_statistics
 
 
 def _is_size(node: fx.Node) -> bool:

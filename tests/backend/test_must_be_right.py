@@ -222,6 +222,24 @@ def test_several_forwards_before_a_backward_and_accumulation():
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_several_forwards_before_a_backward_change_running_statistics(affine):
+    """A batch norm that runs again must not need the statistics that the second forward overwrites."""
+    layers = [m for _ in range(3) for m in (nn.Linear(64, 64), nn.BatchNorm1d(64, affine=affine), nn.Tanh())]
+    model = nn.Sequential(*layers)
+    reference = copy.deepcopy(model)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    run = compiled(model, memory_budget=None, objective="peak")
+    for net, call in ((reference, reference), (model, run)):
+        (call(x) * call(x + 1)).mean().backward()
+    again = [s for s in memplan.recent_plans()[-1].lowered.program.steps if s.recompute and "batch_norm" in s.name]
+    assert again
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    for b, c in zip(model.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(b, c)
+
+
 def test_forward_without_backward_then_a_full_step():
     model = Deep(gelu_tanh)
     run = compiled(model)
