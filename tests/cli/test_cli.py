@@ -197,6 +197,12 @@ def test_export_by_format_and_by_suffix(tmp_path, fmt, suffix):
     assert run(["export", str(tmp_path / "plan.json"), "-o", str(tmp_path / "x.unknown")]) == 2
 
 
+def test_a_plan_alone_is_no_analysis_and_the_error_says_what_it_is(tmp_path, capsys):
+    planned_analysis().plan.save(tmp_path / "plan.json")
+    assert run(["export", str(tmp_path / "plan.json"), "--format", "csv"]) == 2
+    assert "not a memplan analysis file, but a file of kind 'plan'" in capsys.readouterr().err
+
+
 def test_colour_is_for_terminals_and_off_with_no_color(files):
     environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color", "FORCE_COLOR": ""}
     line = [sys.executable, "-m", "memplan.cli", "compare", files[0], files[0]]
