@@ -231,16 +231,16 @@ def _spared(planned: Planned, budget: int | None, seek: _Seek, estimated: bool) 
             planned = realise(planned.built, planned.plan, options)
         return finished(planned, options, replace(trial, limit=limit, measured=not estimated))
     best = finished(planned, options, trial)
-    if estimated or best.timeline.peak > budget:
-        return best  # refused: no kernel's workspace would help
-    best = _loosened(best, budget, seek, trial)
-    if not options.fusion_enabled:
+    if best.timeline.peak <= budget and not estimated:
+        best = _loosened(best, budget, seek, trial)
+    if estimated or not options.fusion_enabled:
         return best
-    for plan in (best.plan, planned.plan):
+    for plan in (best.plan, planned.plan) if best.timeline.peak <= budget else ():
         found = finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
         if found.timeline.peak <= budget:
             return found
-    return found
+    # What a refusal names must be kept when it is asked for: it depends on no budget.
+    return finished(seek.least(), options, Fuse(None, options.lowering))
 
 
 def _loosened(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:

@@ -69,7 +69,7 @@ class Fuse:
         caps: dict[int, int] = {}
         for attempt in range(_ATTEMPTS + 1):
             plan = solve_fusion(graph.problem, self.limit, caps)
-            writer = _Writer(graph, plan, self.lowering, kernels)
+            writer = _Writer(graph, plan, self.lowering, kernels, self.measured)
             fused = writer.write()
             broken = self._broken(plan, writer.calls)
             if not broken and not writer.refused:
@@ -91,9 +91,14 @@ class _Writer:
     """Writes the graph anew, unit by unit; free nodes (views) follow where they are first read."""
 
     def __init__(
-        self, graph: RunGraph, plan: FusionPlan, lowering: str | None, kernels: dict[str, FusedRegion]
+        self,
+        graph: RunGraph,
+        plan: FusionPlan,
+        lowering: str | None,
+        kernels: dict[str, FusedRegion],
+        measured: bool,
     ) -> None:
-        self.graph, self.plan, self.lowering, self.kernels = graph, plan, lowering, kernels
+        self.graph, self.plan, self.lowering, self.kernels, self.measured = graph, plan, lowering, kernels, measured
         self.new = fx.Graph()
         self.now: dict[fx.Node, fx.Node] = {}
         self.calls: dict[tuple[int, ...], FusedRegion] = {}
@@ -203,7 +208,7 @@ class _Writer:
             reads=tuple(dict.fromkeys(b for op in members for b in op.reads if b not in made)),
             writes=tuple(r.meta[BUFFER] for r in results),
             time=share * sum(op.time for op in members),
-            workspace=max(op.workspace for op in members),
+            workspace=max(call.compiled.workspace if self.measured else 0, *(op.workspace for op in members)),
             phase=Phase.BACKWARD if problem.runs[unit[0]].domain else Phase.FORWARD,
             module=members[0].module,
             source=members[0].source,

@@ -96,4 +96,5 @@ def test_a_budget_that_neither_part_keeps_counts_the_state():
         api.analyze(model, x, optimizer="adam", memory_budget=1000)
     assert refused.value.budget == 1000
     kept = api.analyze(model, x, optimizer="adam", memory_budget=refused.value.smallest)
-    assert kept.peak_bytes == kept.plan.peak <= refused.value.smallest and kept.plan.status == Status.FEASIBLE
+    assert kept.peak_bytes == kept.plan.peak <= refused.value.smallest
+    assert kept.plan.status in (Status.FEASIBLE, Status.OPTIMAL)

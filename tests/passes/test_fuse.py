@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peak import peak_above
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region
 from memplan.cost import cost_model
 from memplan.devices import profile_for
+from memplan.errors import BudgetInfeasibleError
 from memplan.lower import lower
 from memplan.passes.fuse import Fuse, Fused
 from memplan.passes.schedule import Schedule
@@ -253,3 +255,41 @@ def test_without_a_budget_what_runs_again_for_nothing_is_not_held() -> None:
         held.append(planned.timeline.peak)
     assert planned.plan.recomputed
     assert held[1] < 0.8 * held[0]
+
+
+class Mixed(nn.Module):
+    """Casts inside regions: what they hold within is not what goes in or out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(64, 64).double(), nn.Linear(64, 64).bfloat16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.high(self.low(x.double()).sin().bfloat16()).float().softmax(-1).square().sum()
+
+
+def test_the_workspace_of_regions_is_counted_and_what_a_refusal_names_is_kept() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 64)
+    options = {"fusion.enabled": True, "lowering": "eager", "solver_work": 0.02}
+
+    def run(budget: int) -> tuple[Any, nn.Module]:
+        torch._dynamo.reset()
+        model = Mixed()
+        step = torch.compile(model, backend="memplan", options=options | {"memory_budget": budget})
+        step(x).backward()
+        return step, model
+
+    with pytest.raises(BudgetInfeasibleError) as refused:
+        run(1)
+    assert refused.value.smallest is not None
+    step, model = run(refused.value.smallest)
+
+    def once() -> None:
+        step(x).backward()
+        model.zero_grad(set_to_none=True)
+
+    above = peak_above(once, warm_ups=2)
+    planned = recent_plans()[-1]
+    assert planned.timeline.peak <= refused.value.smallest
+    assert above <= planned.timeline.peak - planned.problem.resident_bytes
