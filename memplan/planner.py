@@ -301,7 +301,8 @@ def _peak_bound(planned: Planned, options: Options) -> int:
     if planned.fused is not None:
         bound = 0
     elif reuses(planned, options):
-        bound = peak_bound(overlaid(problem, any_overlays(problem)))
+        least = any_overlays(problem)
+        bound = max(peak_bound(overlaid(problem, least)), bound - max(least.values(), default=0))
     return min(planned.timeline.peak, max(planned.problem.resident_bytes, bound))
 
 
