@@ -18,7 +18,7 @@ from memplan.capture import Capture, Input, check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
-from memplan.layouts import DENSE_OPERANDS
+from memplan.layouts import FAITHFUL
 from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
@@ -146,7 +146,7 @@ class _Compiler:
             backward=graph.backward,
             inference=graph.inference,
             partition=graph.partition,
-            decompositions=DENSE_OPERANDS,
+            decompositions=FAITHFUL,
         )
         try:
             return backend(graph_module, self.example_inputs), graph.planned

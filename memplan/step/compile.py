@@ -18,7 +18,7 @@ from memplan.capture import check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import InputError, MemplanError, OptionError, UnsupportedError
-from memplan.layouts import DENSE_OPERANDS
+from memplan.layouts import FAITHFUL
 from memplan.options import Options
 from memplan.passes.normalise import Normalise
 from memplan.passes.simplify import Simplify
@@ -212,7 +212,7 @@ class Step:
 
     def _trace(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[StepCapture, list[int]]:
         """The whole step as a graph, and which of dynamo's inputs its primals are."""
-        found = torch_compat.joint_graph(graph_module, inputs, DENSE_OPERANDS)
+        found = torch_compat.joint_graph(graph_module, inputs, FAITHFUL)
         if found is None:
             raise InputError("the loss does not depend on any parameter that requires a gradient")
         joint, forward_outputs = found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memplan.layouts import DENSE_OPERANDS
+from memplan.layouts import FAITHFUL
 from memplan.torch_compat import FakeTensorMode
 from tests.backend.compare import FAST, compare
 
@@ -52,7 +52,7 @@ def test_fake_tensors_are_right_once_operands_are_dense(order: tuple[int, ...], 
         ]
 
     def run(target: torch._ops.OpOverload, args: tuple[object, ...]) -> Tensor:
-        results = DENSE_OPERANDS[target](*args)
+        results = FAITHFUL[target](*args)
         first: Tensor = (target(*args) if results is NotImplemented else results)[0]
         return first
 
