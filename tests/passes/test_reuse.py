@@ -10,8 +10,10 @@ from peak import peak_above
 from torch import nn
 
 from memplan.backend import recent_plans
-from memplan.passes.reuse import OUT_FORMS, overwritten
-from memplan.validate import validate
+from memplan.errors import BudgetInfeasibleError, InputError
+from memplan.passes.reuse import OUT_FORMS, any_overlays, overlaid, overwritten
+from memplan.problem import Buffer, Op, Problem
+from memplan.validate import check_sequence, validate
 
 aten = torch.ops.aten
 
@@ -120,6 +122,38 @@ def test_what_reuse_spares_goes_back_to_the_planner() -> None:
     without, spared = plans
     assert without.spared == 0 < spared.spared and spared.peak + spared.spared > spared.budget
     assert spared.time < without.time and spared.recomputed < without.recomputed
+
+
+def test_the_solver_knows_of_reuse_where_it_refuses() -> None:
+    """A lower least peak than without, which is kept with the same bits when it is asked for."""
+    torch.manual_seed(0)
+    model, x = Deep(), torch.randn(600, 64)
+    wanted = step(compiled(model), model, x)
+    least = []
+    for enabled in (False, True):
+        with pytest.raises(BudgetInfeasibleError) as refused:
+            compiled(model, **{"reuse.enabled": enabled, "memory_budget": 1})(x)
+        least.append(refused.value.smallest)
+        assert refused.value.bound <= least[-1]
+    assert least[1] < least[0]
+    found = step(compiled(model, memory_budget=least[1]), model, x)
+    planned = recent_plans()[-1]
+    assert planned.plan.peak == planned.timeline.peak <= least[1]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_problem_with_results_over_operands() -> None:
+    problem = Problem(
+        buffers=(Buffer("x", 8), Buffer("a", 8), Buffer("b", 8)),
+        ops=(Op("one", "aten.exp.default", reads=(0,), writes=(1,)), Op("two", "aten.exp.default", (1,), (2,))),
+        outputs=(2,),
+    )
+    told = overlaid(problem, {1: 8})
+    told.check()
+    assert check_sequence(problem, (0, 1))[0] == 24 and check_sequence(told, (0, 1))[0] == 16
+    assert any_overlays(problem) == {0: 8, 1: 8}
+    with pytest.raises(InputError, match="workspace"):
+        overlaid(problem, {1: 9}).check()
 
 
 def test_inference_is_measured_lower() -> None:
