@@ -173,7 +173,7 @@ class _Seek:
         asked = overlaid(problem, overlays)
         key = (asked, budget, options.objective)
         plan = self.solved[key] = self.solved.get(key) or solve(asked, budget, options, self.limits)
-        claimed = plan.peak
+        counted = plan.peak
         if options.verify:
             validate(asked, plan)
         if overlays:
@@ -184,7 +184,7 @@ class _Seek:
         found, stated = planned.timeline.peak, planned.plan.peak
         if found > stated or (found != stated and not plan.offloads):
             raise PlanError(f"the Program's peak is {found} bytes, its plan's {stated}")
-        planned = replace(planned, counted=claimed)
+        planned = replace(planned, counted=counted)
         return reused(planned) if overlays else planned
 
 

@@ -242,9 +242,8 @@ def analyse(
             if said is not None:
                 said(text)
 
-        if not os.environ.get(
-            "MEMPLAN_DEBUG"
-        ):  # torch logs what a forward raises, traceback and all, beside raising it
+        # Torch logs what a forward raises, traceback and all, beside raising it.
+        if not os.environ.get("MEMPLAN_DEBUG"):
             logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         try:
             loaded = load_entry(entry, inputs or ())

@@ -7,10 +7,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import memplan
 
 FAST = {"runtime_estimator": "analytic", "solver_work": 0.05}
+X = torch.linspace(-2, 2, 32 * 16).reshape(32, 16)
+
+
+class Deep(nn.Module):
+    """Layers of ``block`` between two linear maps, enough of them for recomputation to have something to do."""
+
+    def __init__(self, block: Any, layers: int = 5, width: int = 16) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.maps:
+            x = self.block(layer(x))
+        return x
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(F.gelu(x)) * 1.5
 
 
 def train_steps(
