@@ -32,12 +32,19 @@ class Trained:
     group: int  # of the optimizer's parameter groups
     update: Update
     home: str = ""  # the tier where its states lie between steps; '': the device
+    rows: int = 0  # so many at a time are updated, each with states of their own in the plan; 0: all at once
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last row of each piece; one of (0, 0) where the parameter is updated as a whole."""
+        count = len(self.tensor) if self.rows else 0
+        return [(first, min(first + self.rows, count)) for first in range(0, count, self.rows or 1)] or [(0, 0)]
 
 
 @dataclass(frozen=True)
 class StepCapture:
-    """The graph takes the joint graph's primals, then for each of ``trained`` its states and its scalars. Its outputs
-    are the loss and, where gradients are clipped, their norm."""
+    """The graph takes the joint graph's primals, then for each of ``trained`` its states, those of one span after those
+    of another, and its scalars. Its outputs are the loss and, where gradients are clipped, their norm."""
 
     capture: Capture
     trained: tuple[Trained, ...]
@@ -84,13 +91,12 @@ class _Writer:
         ready = self._ready(gradients)
         factor = None if max_norm is None else self._clip(list(gradients.values()), max_norm)
         for k, one in wanted.items():
-            gradient = gradients[k]
-            if factor is None:
-                self._write_behind(ready[k], one.name)
-            else:
-                self._write_behind(self.output.prev, one.name)
-                gradient = self.emit(aten.mul.Tensor, gradient, factor)
-            one.update.emit(self.emit, self.primals[k], gradient, operands[k])
+            self._write_behind(ready[k] if factor is None else self.output.prev, one.name)
+            for span, given in zip(one.spans, operands[k], strict=True):
+                parameter, gradient = self._rows(self.primals[k], span), self._rows(gradients[k], span)
+                if factor is not None:
+                    gradient = self.emit(aten.mul.Tensor, gradient, factor)
+                one.update.emit(self.emit, parameter, gradient, given)
         self.graph.lint()
         self.joint.recompile()
         return StepCapture(Capture(self.joint, 1, tuple(self.inputs), training=False), tuple(wanted.values()))
@@ -118,21 +124,29 @@ class _Writer:
             _root(gradient).meta[CATEGORY] = Category.GRADIENT
         return found
 
-    def _operands(self, k: int, one: Trained) -> dict[str, fx.Node]:
-        """Placeholders of a parameter's states and scalars."""
-        found = {}
+    def _operands(self, k: int, one: Trained) -> list[dict[str, fx.Node]]:
+        """Placeholders of a parameter's states and scalars, for each of its spans."""
+        found: list[dict[str, fx.Node]] = []
         last = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+        whole = self.primals[k].meta["val"]
         with self.graph.inserting_before(last.next):
-            for name in one.update.states:
-                found[name] = self.graph.placeholder(f"{name}_{k}")
-                with self.mode:
-                    found[name].meta["val"] = torch.empty_like(self.primals[k].meta["val"], requires_grad=False)
-                self.inputs.append(Input(Category.OPTIMIZER, f"{one.name}.{name}", one.home))
+            for first, end in one.spans:
+                shape, rows = (whole, "") if not end else (whole[first:end], f"[{first}:{end}]")
+                found.append({name: self.graph.placeholder(f"{name}_{k}_{first}") for name in one.update.states})
+                for name, node in found[-1].items():
+                    with self.mode:
+                        node.meta["val"] = torch.empty_like(shape, requires_grad=False)
+                    self.inputs.append(Input(Category.OPTIMIZER, f"{one.name}.{name}{rows}", one.home))
             for name in one.update.scalars:
-                found[name] = self.graph.placeholder(f"{name}_{k}")
-                found[name].meta["val"] = _HINT
+                scalar = self.graph.placeholder(f"{name}_{k}")
+                scalar.meta["val"] = _HINT
                 self.inputs.append(Input(Category.INPUT, f"{one.name}.{name}"))
+                for given in found:
+                    given[name] = scalar
         return found
+
+    def _rows(self, node: fx.Node, span: tuple[int, int]) -> fx.Node:
+        return self.emit(aten.slice.Tensor, node, 0, *span) if span[1] else node
 
     def _ready(self, gradients: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
         """For each parameter the node after which nothing reads it and its gradient is final."""

@@ -28,7 +28,7 @@ from memplan.realise import Planned
 from memplan.runtime.arena import Script
 from memplan.runtime.execute import Executable
 from memplan.step.capture import StepCapture, Trained, whole_step
-from memplan.step.shelf import SMALL, Shelf
+from memplan.step.shelf import SMALL, Shelf, rows_apart, rows_of
 from memplan.step.update import updates_of
 
 log = logging.getLogger("memplan")
@@ -61,7 +61,8 @@ def compile_step(
     behind a planned forward and backward, with one warning; the optimizer's state then stands outside the budget.
 
     ``states="disk"``: the optimizer's state lies in an unnamed file in ``swap.directory`` between its uses, all but that of
-    small parameters; each update has its part brought in ahead and sent back. Needs a budget, and parameters on the CPU.
+    small parameters; each update has its part brought in ahead and sent back, that of a large parameter piece by piece.
+    Needs a budget, and parameters on the CPU.
 
     Gradients do not outlive the step: ``.grad`` stays None, and parameters that the optimizer does not have get none. To
     accumulate gradients over batches, call the backend and the optimizer yourself. Other shapes, modes or flags are
@@ -196,7 +197,7 @@ class Step:
             state = states[one.tensor]
             scalars = one.update.begin(one.tensor, groups[one.group], state)
             shelf.send_home(one, state)
-            args += [state[name] for name in one.update.states]
+            args += [rows_of(state[name], *span) for span in one.spans for name in one.update.states]
             args += scalars
         try:
             with torch.no_grad(), torch_compat.without_autocast():
@@ -221,13 +222,15 @@ class Step:
         Simplify().apply(joint)
         updates = updates_of(self._optimizer)
         places = _places(joint)
+        apart = sum(p.nbytes for p in updates if p.nbytes >= SMALL)
         trained = {}
         for k, place in enumerate(places):
             parameter = inputs[place]
             if isinstance(parameter, torch.Tensor) and parameter in updates:
                 index, update = updates[parameter]
                 home = self._home if parameter.nbytes >= SMALL else ""
-                trained[k] = Trained(self._names[parameter], parameter, k, index, update, home)
+                rows = rows_apart(parameter, apart) if home else 0
+                trained[k] = Trained(self._names[parameter], parameter, k, index, update, home, rows)
         kinds = primal_inputs(joint, graph_inputs(graph_module))
         named = [kind._replace(name=trained[k].name) if k in trained else kind for k, kind in enumerate(kinds)]
         return whole_step(joint, forward_outputs, named, trained, self._max_norm), places
