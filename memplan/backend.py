@@ -22,11 +22,13 @@ from memplan.layouts import FAITHFUL
 from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
+from memplan.passes.channels_last import ChannelsLast
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.heads import GroupedHeads
 from memplan.passes.normalise import Normalise
+from memplan.passes.products import ChooseProducts
 from memplan.passes.simplify import Simplify
 from memplan.passes.split import Split
 from memplan.pieces import Model, Models, Piece
@@ -43,7 +45,7 @@ log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
 _models = Models(Model)
-_REWRITES = (FuseAttention(), ChunkLoss(), ChunkMLP())
+_REWRITES = (FuseAttention(), ChannelsLast(), ChunkLoss(), ChunkMLP())
 
 
 def recent_plans() -> tuple[Planned, ...]:
@@ -218,6 +220,8 @@ class _Graph:
         device = device_type(capture)
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
+        if self.options.fusion_enabled and ChooseProducts(cost).apply(capture.graph_module):
+            self.trace.graph("products", capture.graph_module)
         self.planned = plan_capture(
             capture,
             self.options,

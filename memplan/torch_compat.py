@@ -218,6 +218,14 @@ def inductor_compile(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor
         raise RuntimeError(f"Inductor cannot compile the region: {error}") from error
 
 
+def onednn_linear() -> Any:
+    """oneDNN's product of float matrices, ``(input, weight, bias, "none", [], "")``; None where torch is built without."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return None
+    found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if found is None else found.default
+
+
 class HostMeter:
     """Records what torch's allocators give to this thread, by the events of the legacy profiler: it has them in order,
     at a tenth of kineto's cost for a single op, and prints nothing.

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memplan.build_problem import TANGENTS
 from memplan.codegen.ops import is_fusible
+from memplan.cost.workspace import ONEDNN_LINEAR
 from memplan.passes.fuse import Fuse
 from memplan.passes.reuse import REUSE
 from memplan.passes.runs import RunGraph
@@ -107,7 +108,9 @@ def _op(node: fx.Node) -> Any:
 def is_product(target: object) -> bool:
     """Matrix products, convolutions and fused attention: what torch's flop counter counts, on every device."""
     packet = getattr(target, "overloadpacket", None)
-    return packet in flop_registry or "_scaled_dot_product" in str(packet) or packet in _VECTOR_PRODUCTS
+    if packet in flop_registry or "_scaled_dot_product" in str(packet) or packet in _VECTOR_PRODUCTS:
+        return True
+    return str(packet).replace(".", "::") == ONEDNN_LINEAR
 
 
 _VECTOR_PRODUCTS = {torch.ops.aten.mv, torch.ops.aten.dot, torch.ops.aten.vdot, torch.ops.aten.addmv}

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backwa
 
 from memplan.cost import Cost
 from memplan.cost.signature import Layout, Signature, results, signature
-from memplan.cost.workspace import is_channels_last, workspace
+from memplan.cost.workspace import ONEDNN_LINEAR, is_channels_last, workspace
 from memplan.devices import DeviceProfile
 
 aten = torch.ops.aten
@@ -126,6 +126,8 @@ def flops(described: Signature, made: list[Layout]) -> float:
         return sdpa_flop_count(*shapes[:3])
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return sdpa_backward_flop_count(*shapes[:4])
+    if described.target.name() == ONEDNN_LINEAR:
+        return 2 * prod(shapes[0]) * shapes[1][0]
     if packet in (aten.mv, aten.dot, aten.vdot, aten.addmv):
         return 2 * max(layout.numel for layout in described.operands())
     if packet is aten.convolution_backward:  # each gradient asked for costs what the forward did

@@ -47,7 +47,7 @@ _UNMEASURABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 class MeasuredCost:
     """Measures on the device at hand; asks the analytic model where an op cannot be measured.
 
-    Not measured: ops outside aten (they may have effects), ops whose result depends on data, assertions, ops of another
+    Not measured: ops outside aten and oneDNN (they may have effects), ops whose result depends on data, assertions, ops of another
     device than the profile's, and ops that refuse made-up operands. The debug log names each.
     """
 
@@ -92,7 +92,7 @@ class MeasuredCost:
         touched = [*described.operands(), *made]
         return (
             self.available
-            and (target.namespace in ("aten", "prims") or target.name() == BLOCKED_LOSS)
+            and (target.namespace in ("aten", "prims", "mkldnn") or target.name() == BLOCKED_LOSS)
             and not _UNMEASURABLE.intersection(target.tags)
             and not masked_positions(described)
             and "_assert" not in target._opname

@@ -18,6 +18,7 @@ from memplan.cost.signature import Layout, Signature
 
 aten = torch.ops.aten
 BLOCKED_LOSS = "memplan::blocked_loss"  # memplan/runtime/loss.py
+ONEDNN_LINEAR = "mkldnn::_linear_pointwise"  # passes/products.py
 
 # oneDNN's descriptors and memory objects of one call: 4 to 36 KB were seen, whatever the shapes.
 _ONEDNN_CALL = 36 * 1024
@@ -32,7 +33,7 @@ def unseen(described: Signature, threads: int) -> int:
     Known to be missing: LAPACK's own arrays in singular value decompositions, and oneDNN's in padded 1x1 convolutions.
     """
     operands = described.operands()
-    rule = _UNSEEN.get(described.target.overloadpacket)
+    rule = _onednn if described.target.name() == ONEDNN_LINEAR else _UNSEEN.get(described.target.overloadpacket)
     if rule is None or not operands or any(layout.device != "cpu" for layout in operands):
         return 0
     return rule(described, threads)
