@@ -16,6 +16,9 @@ aten = torch.ops.aten
 
 # Of the time of torch's own kernel: two measurements of one kernel differ by less on a quiet machine.
 _FASTER = 0.97
+# Bytes of workspace that speed may cost: blocks of a packed weight took up to 132 KB. MKL's come from memory that it
+# keeps, and oneDNN copies a transposed first operand as a whole, 123 MB for the logits of 30,000 words.
+_PACKED = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class ChooseProducts:
             weight = _transposed(graph, right)  # type: ignore[arg-type]
             other = graph.call_function(linear, (left, weight, bias[0] if bias else None, "none", [], ""))
         other.meta = copy.copy(node.meta)
-        if self.cost.cost(other).time >= _FASTER * self.cost.cost(node).time:
+        own, found = self.cost.cost(node), self.cost.cost(other)
+        if found.time >= _FASTER * own.time or found.workspace > own.workspace + _PACKED:
             graph.erase_node(other)
             if not weight.users:
                 graph.erase_node(weight)

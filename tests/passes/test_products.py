@@ -26,12 +26,13 @@ pytestmark = pytest.mark.skipif(LINEAR is None, reason="torch without oneDNN")
 
 @dataclass(frozen=True)
 class Prefers:
-    """Costs by which one op is twice as fast as any other."""
+    """Costs by which one op is twice as fast as any other, and holds ``workspace`` bytes."""
 
     target: object
+    workspace: int = 0
 
     def cost(self, node: fx.Node) -> Cost:
-        return Cost(1.0 if node.target == self.target else 2.0)
+        return Cost(1.0, self.workspace) if node.target == self.target else Cost(2.0)
 
 
 def of_inner(x: Tensor, w: Tensor) -> Tensor:
@@ -75,6 +76,11 @@ def test_a_product_by_onednn_is_as_exact_as_torchs(function):
     assert found.stride() == eager.stride()
     # Odd sizes of a few hundred terms: either library is within some units in the last place.
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_speed_is_not_paid_for_with_memory():
+    inputs = [torch.randn(shape) for shape in SHAPES[of_weight]]
+    assert not ChooseProducts(Prefers(LINEAR, workspace=2**20)).apply(_captured(of_weight, inputs))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
