@@ -314,7 +314,8 @@ def _largest(graphs: Sequence[Planned]) -> Planned:
 def _frontier(
     main: Planned, points: int, options: Options, step: _Step, progress: Callable[[str], None] | None
 ) -> tuple[FrontierPoint, ...]:
-    """Peak and time of plans of the whole step, from the unplanned peak down to the smallest feasible budget found."""
+    """Peak and time of plans of the whole step, from the smallest feasible budget found up to the unplanned peak; a
+    budget whose plan is no faster than that of a smaller one makes no point."""
     if points < 2:
         return ()
     from memplan.solvers.recompute import minimise_peak, solve_recompute
@@ -330,11 +331,13 @@ def _frontier(
             plans[0] = solve_recompute(problem, floor, limits=limits, start=plans[0].sequence)
         for k in range(1, points - 1):
             budget = plans[0].peak + (highest.peak - plans[0].peak) * k // (points - 1)
-            found = solve_recompute(problem, budget, limits=limits, start=plans[-1].sequence)
-            if found.peak <= budget:
-                plans.append(found)
-    points_found = [(p, step.beside(p)) for p in (*plans, highest)]
-    return tuple(
-        FrontierPoint(p.budget or p.peak, p.peak, p.time, p.bound, p.status, decisions_of(problem, own))
-        for own, p in points_found
-    )
+            plan = solve_recompute(problem, budget, limits=limits, start=plans[-1].sequence)
+            if plan.peak <= budget:
+                plans.append(plan)
+    found: list[FrontierPoint] = []
+    for own in (*plans, highest):
+        p = step.beside(own)
+        if not found or p.time < found[-1].time or own is highest and p.peak > found[-1].peak:  # else no better
+            point = FrontierPoint(p.budget or p.peak, p.peak, p.time, p.bound, p.status, decisions_of(problem, own))
+            found.append(point)
+    return tuple(found)

@@ -53,17 +53,23 @@ class BudgetInfeasibleError(MemplanError):
         self.budget, self.smallest, self.bound, self.tightest, self.alive = budget, smallest, bound, tightest, alive
         super().__init__(self._message())
 
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """That the budget cannot be kept, and which can: a sentence each."""
+        from memplan.units import format_bytes
+
+        least = f"one below {format_bytes(self.bound)} can exist for this graph."
+        if self.smallest is None:
+            least = f"N{least}"
+        else:
+            found = f"{format_bytes(self.smallest)} ({self.smallest} bytes)"
+            least = f"The smallest feasible budget found is {found}; n{least}"
+        return f"a budget of {format_bytes(self.budget)} cannot be kept.", least
+
     def _message(self) -> str:
         from memplan.units import format_bytes
 
-        lines = [f"a budget of {format_bytes(self.budget)} cannot be kept."]
-        if self.smallest is not None:
-            lines.append(
-                f"The smallest feasible budget found is {format_bytes(self.smallest)} ({self.smallest} bytes); "
-                f"none below {format_bytes(self.bound)} can exist for this graph."
-            )
-        else:
-            lines.append(f"None below {format_bytes(self.bound)} can exist for this graph.")
+        lines = [*self.verdict]
         if self.tightest:
             lines.append(f"What stands in the way, alive at {self.tightest}:")
         for b in self.alive[:8]:

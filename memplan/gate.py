@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 
 from memplan.analysis import CATEGORIES, Analysis
 from memplan.decisions import family
-from memplan.errors import InputError, OptionError
+from memplan.errors import BudgetInfeasibleError, InputError, OptionError
 from memplan.problem import SCHEMA_VERSION, read_schema
 from memplan.units import format_bytes, parse_budget, parse_bytes
 
@@ -111,6 +111,7 @@ class Verdict:
     warnings: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     error: str = ""
+    refused: BudgetInfeasibleError | None = None  # no plan keeps the memory budget
 
     @property
     def ok(self) -> bool:
@@ -124,7 +125,8 @@ class Verdict:
     def culprit(self) -> str:
         """``file:line`` to point at: what grew most since the base, else the largest buffer that has one."""
         grown = [c.source for c in self.changes if c.delta > 0 and c.source]
-        alive = [b.source for b in self.head.at_peak if b.source] if self.head else []
+        held = self.head.at_peak if self.head else self.refused.alive if self.refused else ()
+        alive = [b.source for b in held if b.source]
         return next(iter(grown + alive), "")
 
 
@@ -155,6 +157,11 @@ def judge(
     failures += [said for rule in rules if (said := rule.broken(base, head))]
     changed = changes(base, head)
     return Verdict(name, head, base, bytes_allowed, tuple(failures), environment_warnings(base, head), changed)
+
+
+def refusal(name: str, error: BudgetInfeasibleError) -> Verdict:
+    """The step is over its budget, whatever is planned."""
+    return Verdict(name, limit=error.budget, failures=(str(error),), refused=error)
 
 
 def changes(base: Analysis, head: Analysis) -> tuple[Change, ...]:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +19,8 @@ from memplan.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from memplan.gate import Verdict
 
 
 class Format(StrEnum):
@@ -86,6 +88,20 @@ def check_output(path: Path | None, force: bool, suffixed: bool = False) -> None
 def emit(text: str) -> None:
     """Data for stdout."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def verdict_text(verdicts: Sequence[Verdict], fmt: Format) -> str:
+    """Verdicts as a document of a format that is not the table."""
+    from memplan.report import ci
+
+    writers: dict[Format, Callable[[Sequence[Verdict]], str]] = {
+        Format.JSON: ci.verdict_json,
+        Format.MARKDOWN: ci.verdict_markdown,
+        Format.GITHUB: ci.workflow_commands,
+        Format.JUNIT: ci.junit,
+        Format.SARIF: ci.sarif,
+    }
+    return writers[fmt](verdicts)
 
 
 def show(view: RenderableType) -> None:

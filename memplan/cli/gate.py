@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memplan.cli.common import Force, Format, check_output, emit, show, tell
+from memplan.cli.common import Force, Format, check_output, emit, show, tell, verdict_text
 from memplan.report import put
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check(
 def _check(model: ModelConfig, before: Mapping[str, Analysis], rules: Sequence[Rule]) -> Verdict:
     from memplan.cli.inspection import analyse
     from memplan.errors import BudgetInfeasibleError, MemplanError
-    from memplan.gate import Rule, Verdict, judge
+    from memplan.gate import Rule, Verdict, judge, refusal
 
     try:
         head = analyse(
@@ -81,7 +81,7 @@ def _check(model: ModelConfig, before: Mapping[str, Analysis], rules: Sequence[R
             memory_budget=model.memory_budget,
         )
     except BudgetInfeasibleError as error:  # an answer: the step is over its budget, whatever is planned
-        return Verdict(model.label, failures=(str(error),))
+        return refusal(model.label, error)
     except MemplanError as error:
         return Verdict(model.label, error=str(error))
     own = [] if model.max_regression is None else [Rule.parse(f"peak:{model.max_regression}")]
@@ -125,14 +125,7 @@ def deliver(verdicts: Sequence[Verdict], fmt: Format | None, comment: Path | Non
     if chosen == Format.TABLE:
         show(ci.verdict_view(verdicts))
     else:
-        writers: dict[Format, Callable[[Sequence[Verdict]], str]] = {
-            Format.JSON: ci.verdict_json,
-            Format.MARKDOWN: ci.verdict_markdown,
-            Format.GITHUB: ci.workflow_commands,
-            Format.JUNIT: ci.junit,
-            Format.SARIF: ci.sarif,
-        }
-        text = writers[chosen](verdicts)
+        text = verdict_text(verdicts, chosen)
         if text:
             emit(text)
         tell(ci.summary(verdicts))

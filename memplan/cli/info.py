@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+from enum import StrEnum
+from typing import Annotated
 
 import typer
 
-from memplan.cli.common import Format, FormatOption, emit, show
+from memplan.cli.common import emit, show
 
 
-def targets(fmt: FormatOption = Format.TABLE) -> int:
+class Listing(StrEnum):
+    """How a list is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+ListingOption = Annotated[Listing, typer.Option("--format", help="How to print the list on stdout.")]
+
+
+def targets(fmt: ListingOption = Listing.TABLE) -> int:
     """List the device profiles that --target knows."""
     from dataclasses import asdict
 
@@ -20,7 +32,7 @@ def targets(fmt: FormatOption = Format.TABLE) -> int:
     from memplan.units import format_bytes
 
     profiles = [profile_for(name) for name in known_profiles()]
-    if fmt == Format.JSON:
+    if fmt == Listing.JSON:
         emit(json.dumps([asdict(p) for p in profiles]))
         return 0
     table = Table(box=None, pad_edge=False)
@@ -34,7 +46,7 @@ def targets(fmt: FormatOption = Format.TABLE) -> int:
     return 0
 
 
-def passes(fmt: FormatOption = Format.TABLE) -> int:
+def passes(fmt: ListingOption = Listing.TABLE) -> int:
     """List the graph passes and what each decides."""
     from importlib import resources
 
@@ -45,7 +57,7 @@ def passes(fmt: FormatOption = Format.TABLE) -> int:
         if file.name.endswith(".py") and not file.name.startswith("_"):
             said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             found[file.name.removesuffix(".py")] = said.partition("\n")[0]
-    if fmt == Format.JSON:
+    if fmt == Listing.JSON:
         emit(json.dumps(found))
         return 0
     table = Table("pass", "what it does", box=None, pad_edge=False)
@@ -55,7 +67,7 @@ def passes(fmt: FormatOption = Format.TABLE) -> int:
     return 0
 
 
-def env(fmt: FormatOption = Format.TABLE) -> int:
+def env(fmt: ListingOption = Listing.TABLE) -> int:
     """Show versions and the options in force."""
     from dataclasses import asdict
 
@@ -63,7 +75,7 @@ def env(fmt: FormatOption = Format.TABLE) -> int:
     from memplan.options import Options
 
     facts = {"versions": environment(), "options": asdict(Options.resolve())}
-    if fmt == Format.JSON:
+    if fmt == Listing.JSON:
         emit(json.dumps(facts))
         return 0
     for title, part in facts.items():

@@ -30,10 +30,12 @@ from memplan.cli.common import (
     interrupts,
     show,
     tell,
+    verdict_text,
 )
 
 if TYPE_CHECKING:
     from memplan.analysis import Analysis
+    from memplan.gate import Verdict
 
 Depth = Annotated[int, typer.Option(min=0, help="Levels of the module tree.")]
 _ADVICE_EFFORT = 0.1  # of the solvers' default: a proposal need not be the best plan, and should come at once
@@ -104,6 +106,7 @@ def plan(
     Ctrl-C, which ends the search with the best plan so far. ENTRY's code is executed.
     """
     from memplan.errors import BudgetInfeasibleError
+    from memplan.gate import Verdict, refusal
     from memplan.units import format_bytes
 
     check_output(output, force, suffixed=True)
@@ -122,9 +125,12 @@ def plan(
         except BudgetInfeasibleError as error:
             if error.budget < error.bound or not (seen or time_limit is not None):
                 tell(str(error))
+                _print_verdict(refusal(entry, error), fmt)
                 return 1
             when = "before the interrupt" if seen else "within the time limit"
-            tell(f"no plan for {format_bytes(error.budget)} was found {when}; that is no proof that there is none")
+            said = f"no plan for {format_bytes(error.budget)} was found {when}; that is no proof that there is none"
+            tell(said)
+            _print_verdict(Verdict(entry, error=said), fmt)
             return 2
     if seen:
         tell("interrupted: this is the best plan found until then")
@@ -286,7 +292,7 @@ def _no_collections() -> Iterator[None]:
 def print_analysis(analysis: Analysis, fmt: Format, depth: int, why: bool, limit: int | None) -> None:
     """The answer on stdout."""
     from memplan.gate import judge
-    from memplan.report import ci, markdown, text
+    from memplan.report import markdown, text
 
     if fmt == Format.TABLE:
         show(text.analysis_view(analysis, depth, why))
@@ -295,10 +301,14 @@ def print_analysis(analysis: Analysis, fmt: Format, depth: int, why: bool, limit
     elif fmt == Format.MARKDOWN:
         emit(markdown.analysis_markdown(analysis))
     else:
-        writer = {Format.GITHUB: ci.workflow_commands, Format.JUNIT: ci.junit, Format.SARIF: ci.sarif}[fmt]
-        said = writer([judge(analysis.name, analysis, limit=limit)])
-        if said:
-            emit(said)
+        _print_verdict(judge(analysis.name, analysis, limit=limit), fmt)
+
+
+def _print_verdict(verdict: Verdict, fmt: Format) -> None:
+    """A verdict on stdout, but that of the table, which stderr has said."""
+    said = "" if fmt == Format.TABLE else verdict_text([verdict], fmt)
+    if said:
+        emit(said)
 
 
 def register(app: typer.Typer) -> None:

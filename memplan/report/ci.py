@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan import __version__
+from memplan.errors import BudgetInfeasibleError
 from memplan.gate import Change, Verdict, exit_code
 from memplan.problem import SCHEMA_VERSION
 from memplan.report.words import share
@@ -96,6 +97,7 @@ def verdict_json(verdicts: Sequence[Verdict]) -> str:
             "versions": dict(v.head.versions) if v.head else {},
             "target": v.head.target if v.head else "",
             "failures": list(v.failures),
+            "refused": _refusal(v.refused) if v.refused else None,
             "warnings": list(v.warnings),
             "error": v.error,
             "changes": [vars(c) | {"delta": c.delta} for c in v.changes],
@@ -105,6 +107,16 @@ def verdict_json(verdicts: Sequence[Verdict]) -> str:
     top = {key: models[0][key] for key in ("peak_bytes", "breakdown", "versions", "target")} if models else {}
     head = {"schema_version": SCHEMA_VERSION, "kind": "verdicts", "ok": exit_code(verdicts) == 0}
     return json.dumps(head | top | {"models": models}) + "\n"
+
+
+def _refusal(error: BudgetInfeasibleError) -> dict[str, Any]:
+    return {
+        "budget_bytes": error.budget,
+        "smallest_feasible_bytes": error.smallest,
+        "bound_bytes": error.bound,
+        "tightest": error.tightest,
+        "alive": [vars(b) for b in error.alive],
+    }
 
 
 def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
@@ -118,10 +130,12 @@ def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
     ]
     lines += [f"| {' | '.join(map(_cell, _cells(v)))} | {'ok' if v.ok else '**failed**'} |" for v in verdicts]
     for v in verdicts:
-        said = [*v.failures, *([v.error] if v.error else [])]
+        said = [*(v.refused.verdict if v.refused else v.failures), *([v.error] if v.error else [])]
         lines += ["", *(f"- **{_cell(v.name)}**: {_cell(line)}" for line in said)] if said else []
         lines += [f"> environment differs: {_cell(w)}" for w in v.warnings]
     for v in verdicts:
+        if v.refused:
+            lines += _alive_markdown(v.name, v.refused)
         if not v.changes:
             continue
         lines += ["", f"<details><summary>{_cell(v.name)}: what changed at the peak</summary>", ""]
@@ -132,6 +146,16 @@ def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
         ]
         lines += ["", "</details>"]
     return cut("\n".join(lines) + "\n")
+
+
+def _alive_markdown(name: str, error: BudgetInfeasibleError) -> list[str]:
+    lines = ["", f"<details><summary>{_cell(name)}: what stands in the way, alive at {_cell(error.tightest)}</summary>"]
+    lines += ["", "| bytes | category | buffer | module | source |", "|--:|---|---|---|---|"]
+    lines += [
+        f"| {format_bytes(b.size)} | {b.category} | {_cell(b.name)} | {_cell(b.module)} | {_cell(b.source)} |"
+        for b in error.alive[: 4 * _SHOWN]
+    ]
+    return [*lines, "", "</details>"]
 
 
 def cut(text: str) -> str:
@@ -163,13 +187,11 @@ def workflow_commands(verdicts: Sequence[Verdict]) -> str:
 
 def _problems(v: Verdict) -> list[tuple[str, str]]:
     """(rule, text) of everything wrong with a model."""
-    found = [(_rule(text), text) for text in v.failures]
+    found = [("infeasible" if v.refused else _rule(text), text) for text in v.failures]
     return found + ([("not-analysed", v.error)] if v.error else [])
 
 
 def _rule(failure: str) -> str:
-    if "cannot be kept" in failure:
-        return "infeasible"
     return "over-limit" if "over the limit" in failure else "regression"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -121,6 +122,39 @@ def test_a_refusal_is_a_proof_only_where_the_search_was_not_cut_short(entry, cap
     assert "no proof" in capsys.readouterr().err
     assert run([*tight[:3], "1KiB", *tight[4:]]) == 1  # below what any plan can hold: proven without a search
     assert "smallest feasible budget" in capsys.readouterr().err
+
+
+def test_a_refusal_is_an_answer_on_stdout(entry, tmp_path, monkeypatch, capsys):
+    refused = ["plan", entry, "--memory-budget", "1KiB", "--time-limit", "0"]
+    assert run([*refused, "--format", "json"]) == 1
+    said = capsys.readouterr()
+    (model,) = json.loads(said.out)["models"]
+    found = model["refused"]
+    assert "cannot be kept" in said.err and found["budget_bytes"] == model["limit_bytes"] == 1024
+    assert 1024 < found["bound_bytes"] <= found["smallest_feasible_bytes"]
+    assert found["tightest"] and "train.py:11" in {b["source"] for b in found["alive"]}
+
+    config = f'[[tool.memplan.model]]\nentry = "{entry}"\nmemory_budget = "1KiB"\n'
+    (tmp_path / "pyproject.toml").write_text(config)
+    monkeypatch.setenv("MEMPLAN_SOLVER_TIME_LIMIT_S", "0")
+    assert run(["check", "--format", "github"]) == 1
+    assert capsys.readouterr().out.startswith("::error file=train.py,line=11,")
+
+
+def test_no_plan_within_the_time_limit_is_a_document_without_an_answer(entry, capsys):
+    assert run(["plan", entry, "--memory-budget", "75%", "--time-limit", "0", "--format", "json"]) == 2
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert "no proof" in model["error"] and model["refused"] is None
+
+
+def test_a_frontier_has_no_point_twice(entry, capsys):
+    """Many budgets have one plan; what is left is faster with every byte more, up to the step without a budget."""
+    assert run(["frontier", entry, "--points", "8", "--format", "json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    points = data["frontier"]
+    assert 3 <= len(points) <= 8 and points[-1]["peak"] == data["unplanned_peak_bytes"]
+    for less, more in itertools.pairwise(points):
+        assert less["peak"] < more["peak"] and less["time"] > more["time"]
 
 
 @pytest.mark.parametrize(("command", "status"), [("plan", 0), ("frontier", 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -9,8 +10,8 @@ import pytest
 from samples import KiB, planned_analysis, unplanned_analysis
 
 from memplan.analysis import Analysis
-from memplan.errors import OptionError
-from memplan.gate import Rule, Verdict, changes, exit_code, judge
+from memplan.errors import BudgetInfeasibleError, LiveBuffer, OptionError
+from memplan.gate import Rule, Verdict, changes, exit_code, judge, refusal
 from memplan.report import ci, text
 from memplan.report.markdown import analysis_markdown
 
@@ -44,6 +45,32 @@ def test_sarif_keeps_its_schema():
     assert [str(r.ruleId) for r in results] == ["over-limit", "regression", "not-analysed"]
     assert results[1].locations[0].physicalLocation.artifactLocation.uri == "model.py"
     assert results[1].locations[0].physicalLocation.region.startLine == 30
+
+
+ALIVE = (LiveBuffer("addmm", 3 << 20, "activation", "up", "model.py:7"), LiveBuffer("w|", 1 << 20, "parameter", "", ""))
+REFUSED = refusal("tight", BudgetInfeasibleError(1 << 20, 4194305, 4 << 20, "gelu_backward", ALIVE))
+
+
+def test_a_refused_budget_in_every_format():
+    """Each document is read by its format's reader and tells the least budget, what stands in the way and where."""
+    assert exit_code([REFUSED]) == 1
+    (model,) = json.loads(ci.verdict_json([REFUSED]))["models"]
+    told = {"budget_bytes": 1 << 20, "smallest_feasible_bytes": 4194305, "bound_bytes": 4 << 20}
+    told |= {"tightest": "gelu_backward", "alive": [dataclasses.asdict(b) for b in ALIVE]}
+    assert model["refused"] == told and not model["ok"] and model["peak_bytes"] is None
+    (annotation,) = ci.workflow_commands([REFUSED]).splitlines()
+    assert annotation.startswith("::error file=model.py,line=7,") and "(4194305 bytes)" in annotation
+    markdown = ci.verdict_markdown([REFUSED])
+    assert "(4194305 bytes)" in markdown and "alive at gelu_backward</summary>" in markdown
+    assert "| 3.0 MiB | activation | addmm | up | model.py:7 |" in markdown and "| w\\| |" in markdown
+    junitparser = pytest.importorskip("junitparser")
+    (suite,) = junitparser.JUnitXml.fromstring(ci.junit([REFUSED]).partition("?>\n")[2])
+    (failure,) = next(iter(suite)).result
+    assert (suite.failures, suite.errors, failure.type) == (1, 0, "infeasible") and "gelu_backward" in failure.text
+    sarif = pytest.importorskip("pydantic_sarif.model").StaticAnalysisResultsFormatSarifVersion210JsonSchema
+    (result,) = sarif.model_validate_json(ci.sarif([REFUSED])).runs[0].results
+    assert str(result.ruleId) == "infeasible" and "(4194305 bytes)" in result.message.text
+    assert result.locations[0].physicalLocation.region.startLine == 7
 
 
 def test_annotations_escape_and_point_at_the_line():
