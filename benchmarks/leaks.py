@@ -21,7 +21,7 @@ from torch import nn
 
 import memplan
 
-REBUILD = 12  # steps between two compilations
+REBUILD = 30  # steps between two compilations
 SETTLED = 16  # rounds until the backend remembers as many models as it ever does (32, two a round)
 BATCHES = (8, 16, 12)
 BUDGETS = ("100%", "1MiB")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' arbitrary plans
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tests' arbitrary plans
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -194,4 +195,4 @@ def _compared(
 
 def _row(verdict: str, reason: object) -> dict[str, Any]:
     text = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else str(reason)
-    return {"verdict": verdict, "reason": " ".join(text.split())[:300]}
+    return {"verdict": verdict, "reason": " ".join(text.replace(f"{ROOT}/", "").split())[:300]}
