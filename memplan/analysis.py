@@ -18,9 +18,9 @@ from platform import machine, python_version, system
 from typing import TYPE_CHECKING, Any
 
 from memplan.decisions import Decision
-from memplan.errors import InputError, LiveBuffer
+from memplan.errors import LiveBuffer
 from memplan.plans import Plan
-from memplan.problem import SCHEMA_VERSION, Category, Phase, read_schema
+from memplan.problem import SCHEMA_VERSION, Category, Phase, read_schema, reading
 from memplan.program import Program, StepKind
 from memplan.simulate import Timeline, simulate
 from memplan.units import parse_bytes
@@ -216,14 +216,14 @@ class Analysis:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Analysis:
         """The reverse of ``to_dict``; derived figures are computed anew. Raises InputError for a missing part."""
-        try:
+        with reading("analysis"):
             return cls(
                 program=Program.from_json(json.dumps(data["program"])),
                 plan=Plan.from_json(json.dumps(data["plan"])) if data["plan"] else None,
                 unplanned=Program.from_json(json.dumps(data["unplanned"])) if data["unplanned"] else None,
                 name=data["name"],
                 target=data["target"],
-                versions=data["versions"],
+                versions=dict(data["versions"]),
                 decisions=tuple(Decision(**d) for d in data["decisions"]),
                 frontier=tuple(
                     FrontierPoint(**p | {"decisions": tuple(Decision(**d) for d in p["decisions"])})
@@ -232,8 +232,6 @@ class Analysis:
                 notes=tuple(data["notes"]),
                 measured=tuple((start, held) for start, held in data.get("measured", ())),
             )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this analysis file lacks or misspells a part: {error}") from error
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memplan.outcome import Status
-from memplan.problem import SCHEMA_VERSION, read_schema
+from memplan.problem import SCHEMA_VERSION, read_schema, reading
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         data = read_schema(text, "plan")
         data.pop("gap", None)
-        data["sequence"] = tuple(data["sequence"])
-        data["status"] = Status(data["status"])
-        data["offloads"] = tuple(Offload(**o) for o in data["offloads"])
-        return cls(**data)
+        with reading("plan"):
+            data["sequence"] = tuple(data["sequence"])
+            data["status"] = Status(data["status"])
+            data["offloads"] = tuple(Offload(**o) for o in data["offloads"])
+            return cls(**data)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())

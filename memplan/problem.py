@@ -40,7 +40,8 @@ The rules that every solver, the simulator and the validator share:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -230,14 +231,15 @@ class Problem:
     @classmethod
     def from_json(cls, text: str) -> Problem:
         data = read_schema(text, "problem")
-        return cls(
-            ops=tuple(Op(**_tuples(op) | {"phase": Phase(op["phase"])}) for op in data["ops"]),
-            buffers=tuple(Buffer(**b | {"category": Category(b["category"])}) for b in data["buffers"]),
-            outputs=tuple(data["outputs"]),
-            forward_outputs=tuple(data["forward_outputs"]),
-            tiers=tuple(Tier(**tier) for tier in data.get("tiers", ())),
-            note=data.get("note", ""),
-        )
+        with reading("problem"):
+            return cls(
+                ops=tuple(Op(**_tuples(op) | {"phase": Phase(op["phase"])}) for op in data["ops"]),
+                buffers=tuple(Buffer(**b | {"category": Category(b["category"])}) for b in data["buffers"]),
+                outputs=tuple(data["outputs"]),
+                forward_outputs=tuple(data["forward_outputs"]),
+                tiers=tuple(Tier(**tier) for tier in data.get("tiers", ())),
+                note=data.get("note", ""),
+            )
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())
@@ -269,6 +271,17 @@ def read_schema(text: str, kind: str) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise InputError(f"this {kind} file has schema_version {version}; this memplan reads {SCHEMA_VERSION}")
     return data
+
+
+@contextmanager
+def reading(kind: str) -> Iterator[None]:
+    """Raise InputError for what a document of that kind lacks or has of another type."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"this {kind} file lacks or misspells a part: {error}") from error
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:

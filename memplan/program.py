@@ -8,7 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from memplan.problem import SCHEMA_VERSION, Category, Phase, Tier, read_schema
+from memplan.errors import InputError
+from memplan.problem import SCHEMA_VERSION, Category, Phase, Tier, read_schema, reading
 
 
 class StepKind(StrEnum):
@@ -70,20 +71,35 @@ class Program:
 
     @classmethod
     def from_json(cls, text: str) -> Program:
+        """Raises InputError for a file that is no Program."""
         data = read_schema(text, "program")
-        return cls(
-            storages=tuple(Storage(**s | {"category": Category(s["category"])}) for s in data["storages"]),
-            resident=tuple(data["resident"]),
-            steps=tuple(
-                Step(
-                    **s
-                    | {"kind": StepKind(s["kind"]), "phase": Phase(s["phase"])}
-                    | {k: tuple(s[k]) for k in ("reads", "makes", "frees")}
-                )
-                for s in data["steps"]
-            ),
-            tiers=tuple(Tier(**tier) for tier in data.get("tiers", ())),
-        )
+        with reading("program"):
+            program = cls(
+                storages=tuple(Storage(**s | {"category": Category(s["category"])}) for s in data["storages"]),
+                resident=tuple(data["resident"]),
+                steps=tuple(
+                    Step(
+                        **s
+                        | {"kind": StepKind(s["kind"]), "phase": Phase(s["phase"])}
+                        | {k: tuple(s[k]) for k in ("reads", "makes", "frees")}
+                    )
+                    for s in data["steps"]
+                ),
+                tiers=tuple(Tier(**tier) for tier in data.get("tiers", ())),
+            )
+            program.check()
+        return program
+
+    def check(self) -> None:
+        """Raise InputError for bytes that are no count, and for a step that names a storage which does not exist."""
+        for size in (*(s.size for s in self.storages), *(abs(step.workspace) for step in self.steps)):
+            if type(size) is not int or size < 0:
+                raise InputError(f"{size!r} is no number of bytes")
+        count = len(self.storages)
+        for step in (Step(StepKind.FREE, "resident", reads=self.resident), *self.steps):
+            for s in (*step.reads, *step.makes, *step.frees):
+                if not 0 <= s < count:
+                    raise InputError(f"{step.name} names storage {s}, which does not exist")
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())

@@ -143,7 +143,7 @@ def _example(value: Any) -> Any:
     if _is_shape(value):
         return _tensor(tuple(value), "float32")
     if isinstance(value, tuple) and len(value) == 2 and _is_shape(value[0]) and isinstance(value[1], torch.dtype):
-        return torch.empty(value[0], dtype=value[1])
+        return _tensor(tuple(value[0]), str(value[1]).removeprefix("torch."))
     if isinstance(value, str) and _SHAPE.fullmatch(value):
         _, shape, dtype = parse_shape(value)
         return _tensor(shape, dtype)
@@ -169,4 +169,6 @@ def _tensor(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise OptionError(f"torch has no dtype {dtype!r}")
+    if any(n < 0 for n in shape):
+        raise InputError(f"an input of shape {shape}: a size is negative")
     return torch.zeros(shape, dtype=kind)

@@ -83,6 +83,14 @@ def test_a_module_of_the_working_directory(tmp_path, monkeypatch):
     assert load_entry("some_module_of_mine:both").args
 
 
+@pytest.mark.parametrize("shape", ["(2, -1)", "((2, -1), torch.int64)"])
+def test_a_negative_size(tmp_path, shape):
+    file = tmp_path / "negative.py"
+    file.write_text(f"import torch\ndef build():\n    return torch.nn.Linear(4, 4), ({shape},)\n")
+    with pytest.raises(InputError, match="a size is negative"):
+        load_entry(f"{file}:build")
+
+
 def test_an_unknown_dtype(place):
     with pytest.raises(OptionError, match="no dtype 'int5000'"):
         load_entry(f"{place}:alone", ["2x4:int5000"])

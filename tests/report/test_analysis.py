@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -91,6 +92,39 @@ def test_a_broken_file_is_refused_with_its_fault(tmp_path):
         Analysis.from_json(json.dumps(data))
     with pytest.raises(InputError, match="not a memplan analysis"):
         Analysis.from_json(mlp_problem().to_json())
+
+
+def test_a_damaged_file_is_refused_and_nothing_else_happens():
+    """Whatever part of a document is replaced by something of another type, or a number by one that cannot be."""
+
+    def damaged(value, path=()):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from damaged(part, (*path, key))
+        elif isinstance(value, list) and value:
+            yield from damaged(value[0], (*path, 0))
+            yield path, None
+        elif isinstance(value, int) and path[-1] in ("size", "workspace", 0):
+            yield path, "5"
+            yield path, 10**9 if path[-1] == 0 else -5 if path[-1] == "size" else 0.5
+
+    whole = json.loads(planned_analysis().to_json())
+    faults = [(path, bad) for path, bad in damaged(whole) if path[0] in ("program", "unplanned", "plan", "frontier")]
+    assert len(faults) > 20
+    for path, bad in faults:
+        data = copy.deepcopy(whole)
+        place = data
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = bad
+        if path[0] == "plan" and "offloads" not in path and bad is not None:
+            continue  # a sequence is judged by its problem, which the file has not
+        with pytest.raises(InputError, match="lacks or misspells|no number of bytes|does not exist"):
+            Analysis.from_json(json.dumps(data))
+    with pytest.raises(InputError, match="sequence"):
+        Plan.from_json('{"kind": "plan", "schema_version": 1}')
+    with pytest.raises(InputError, match="versions|dictionary"):
+        Analysis.from_json(json.dumps(whole | {"versions": "abc"}))
 
 
 def test_fits():
