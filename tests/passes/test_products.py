@@ -83,6 +83,11 @@ def test_speed_is_not_paid_for_with_memory():
     assert not ChooseProducts(Prefers(LINEAR, workspace=2**20)).apply(_captured(of_weight, inputs))
 
 
+def test_long_sums_stay_where_they_are_added_up_in_parts():
+    inputs = [torch.randn(8, 1024), torch.randn(8, 1024)]
+    assert not ChooseProducts(Prefers(LINEAR)).apply(_captured(of_inner, inputs))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_spreads_as_in_eager(value):
     x, w = torch.randn(8, 8), torch.rand(8, 8) + 0.5
