@@ -18,6 +18,7 @@ from memplan.capture import Capture, Input, check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
+from memplan.interrupts import interruptible
 from memplan.layouts import FAITHFUL
 from memplan.lower import Lowered, lower
 from memplan.options import Options
@@ -95,9 +96,10 @@ def compile_with(
     compile nothing, it runs as dynamo captured it."""
     known = graph_inputs(graph_module, example_inputs) if described is None else described
     graph_module = GroupedHeads().apply(graph_module) or graph_module
-    compiler = _Compiler(options, example_inputs, known, elsewhere, progress, draft)
     rewrites = _REWRITES if options.fusion_enabled else ()
-    run, planned = compile_best(graph_module, rewrites, compiler, options.objective == "peak")
+    with interruptible(progress) as told:
+        compiler = _Compiler(options, example_inputs, known, elsewhere, told, draft)
+        run, planned = compile_best(graph_module, rewrites, compiler, options.objective == "peak")
     if planned is not None:
         remember(planned)
     return run, planned

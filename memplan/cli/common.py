@@ -1,16 +1,12 @@
-"""What every command shares: options with their help, writing results, and Ctrl-C."""
+"""What every command shares: options with their help, and writing results."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -115,24 +111,3 @@ def show(view: RenderableType) -> None:
 def tell(text: str) -> None:
     """Progress for stderr."""
     typer.echo(text, err=True)
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """The Ctrl-C seen meanwhile, for a solver takes one as the end of its search and no error. Each still raises
-    KeyboardInterrupt; a program that ignores Ctrl-C goes on ignoring it."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    on_main = threading.current_thread() is threading.main_thread()  # no other may set a handler
-    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

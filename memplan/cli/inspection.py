@@ -27,11 +27,11 @@ from memplan.cli.common import (
     Train,
     check_output,
     emit,
-    interrupts,
     show,
     tell,
     verdict_text,
 )
+from memplan.interrupts import interrupts
 
 if TYPE_CHECKING:
     from memplan.analysis import Analysis

@@ -18,6 +18,7 @@ from memplan.capture import check_supported, is_tangent
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import InputError, MemplanError, OptionError, UnsupportedError
+from memplan.interrupts import interruptible
 from memplan.layouts import FAITHFUL
 from memplan.options import Options
 from memplan.passes.normalise import Normalise
@@ -167,7 +168,8 @@ class Step:
             step, places = self._trace(graph_module, inputs)
             profile = profile_for(self._options.target or device_type(step.capture))
             cost = cost_model(self._options.runtime_estimator, profile)
-            planned = plan_capture(step.capture, self._options, cost, profile.granularity)
+            with interruptible() as told:
+                planned = plan_capture(step.capture, self._options, cost, profile.granularity, progress=told)
             _check_updates(planned.problem)
         except MemplanError as error:
             return raising(error)

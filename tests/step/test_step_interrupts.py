@@ -20,6 +20,7 @@ from memplan.problem import Phase
 from memplan.program import Program, StepKind
 from memplan.runtime.arena import release_idle
 from memplan.runtime.execute import Executable
+from memplan.solvers.recompute.search import Search
 from memplan.step import Step
 from tests.idle import becomes_idle
 
@@ -153,3 +154,32 @@ def test_without_a_checkpoint_training_goes_on() -> None:
     usual.step()
     assert same(ours.model, usual.model)  # at the last call all of them are updated
     assert ours.step() < first
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["compile_step", "torch.compile"])
+def test_while_a_plan_is_sought(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver takes Ctrl-C as the end of its search; the program does not go on to train, and the next step plans anew."""
+    options = {"memory_budget": "75%", "runtime_estimator": "analytic", "reuse.enabled": False}
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))])
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(256, 32)
+    if whole:
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        step = memplan.compile_step(model, lambda out, _: out.square().mean(), optimizer, **options)
+    else:
+        compiled = torch.compile(model, backend="memplan", options=options)
+        step = lambda x, _: compiled(x).square().mean()
+    said: list[str] = []
+
+    def interrupted(self: Search, text: str, told: Callable[[Search, str], None] = Search.say) -> None:
+        said.append(text)
+        if len(said) == 1:
+            ctrl_c()
+        told(self, text)
+
+    monkeypatch.setattr(Search, "say", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(x, None)
+    assert said and all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert torch.isfinite(step(x, None))
