@@ -242,6 +242,8 @@ def _trace(
     """Compile the model over fake tensors; every graph is planned as it is captured."""
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"the model's positional inputs are a tuple or a list, not a {type(args).__name__}: (x,)")
     mode = torch_compat.fake_mode_of([*model.parameters(), *model.buffers()])
     fake = _fake(model, args, kwargs, mode)
     planned: list[Planned] = []
@@ -270,7 +272,10 @@ def _trace(
         except Exception as error:  # the model's own code may raise anything
             raise InputError(_forward_failure(error)) from error
     if not planned:
-        raise InputError("nothing to plan: the model ran without a single captured graph")
+        raise InputError(
+            "nothing to plan: torch.compile captured no graph of this model, as with torch.nn.LSTM or sparse tensors; "
+            "TORCH_LOGS=graph_breaks shows where it gave up"
+        )
     return planned
 
 

@@ -76,7 +76,7 @@ class Optimizer:
     def parse(cls, text: str, device_type: str) -> Optimizer:
         """ "adamw" in torch's default form for the device ("cuda": foreach, else for-loop), or "adamw:fused". Raises
         OptionError."""
-        name, colon, form = text.partition(":")
+        name, colon, form = str(text).partition(":")  # an optimizer itself, given by mistake, is no name either
         if name not in _KNOWN:
             raise OptionError(f"unknown optimizer {name!r}; known are {', '.join(_KNOWN)}")
         if colon and form not in FORMS:

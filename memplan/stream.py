@@ -57,6 +57,8 @@ def stream_weights(model: torch.nn.Module, path: str | os.PathLike[str]) -> Stre
     ``torch.compile(model, backend="memplan", options={"memory_budget": …})`` then keeps no more of them in memory than
     the budget allows. Raises InputError where the file is damaged or does not fit the model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
     entries = {name: entry for file in _files(Path(path)) for name, entry in _read(file).items()}
     names = _names(model)
     count = total = 0

@@ -11,6 +11,7 @@ from torch import nn
 
 from memplan import api
 from memplan.backend import recent_plans
+from memplan.errors import MemplanError
 from memplan.options import Options
 from memplan.program import Program
 from memplan.realise import realise
@@ -46,3 +47,35 @@ def test_an_analysis_is_of_the_program_that_a_compiled_step_would_run(broken, tr
     analysis = api.analyze(model, (x,), training=training)
     assert without_sources(analysis.program) == without_sources(program)
     assert bool(analysis.notes) == broken
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"args": torch.zeros(2, 4)}, "a tuple or a list, not a Tensor"),
+        ({"args": None}, "not a NoneType"),
+        ({"optimizer": torch.optim.AdamW}, "unknown optimizer"),
+        ({"model": nn.Linear}, "expected a torch.nn.Module, got type"),
+        ({"model": Recurrent()}, "captured no graph"),
+    ],
+)
+def test_what_cannot_be_analysed_is_told_in_a_line(given, said):
+    with pytest.raises(MemplanError, match=said):
+        api.analyze(**{"model": nn.Linear(4, 4), "args": (torch.zeros(2, 3, 4),)} | given)
+
+
+def test_an_export_that_cannot_be_written_names_the_file_asked_for(tmp_path):
+    analysis = api.analyze(nn.Linear(4, 4), (torch.zeros(2, 4),))
+    asked = tmp_path / "no" / "folder.json"
+    with pytest.raises(OSError, match="folder") as caught:
+        analysis.export(asked)
+    assert caught.value.filename == str(asked)

@@ -68,5 +68,8 @@ def put(path: Path, content: str | bytes) -> None:
     try:
         partial.write_bytes(raw)
         partial.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # nobody asked for the other
+        raise
     finally:
         partial.unlink(missing_ok=True)
