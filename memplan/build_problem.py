@@ -103,6 +103,8 @@ class _Builder:
         self.ops: list[Op] = []
         self.nodes: list[tuple[fx.Node, ...]] = []
         self.backward: set[fx.Node] = set()
+        self.maker: dict[int, int] = {}  # buffers -> the ops that make them
+        self.numbers: dict[fx.Node, set[int]] = {}  # nodes -> ops that numbers they need are read off
         self.draws: set[int] = set()  # ops that read or advance a random generator, or have an effect
 
     def build(self) -> BuiltProblem:
@@ -173,8 +175,15 @@ class _Builder:
         self._storages(node, known, self._category(node), node.name)
         made = tuple(range(before, len(self.buffers)))
         mutated = tuple(b for a in _mutated_args(node) for b in self.buffer_of[a])
+        numbers = {i for a in input_nodes(node) for i in self.numbers.get(a, ())}
         if not made and not mutated and not _has_effect(node):
+            if not self.buffer_of[node]:  # a number: the size of a result, or its only element
+                numbers |= {
+                    self.maker[b] for a in input_nodes(node) for b in self.buffer_of.get(a, ()) if b in self.maker
+                }
+            self.numbers[node] = numbers
             return
+        self.maker |= dict.fromkeys(made, len(self.ops))
         reads = tuple(dict.fromkeys(b for a in input_nodes(node) for b in self.buffer_of.get(a, ())))
         cost = _cost(self.cost, node)
         if is_random(node) or _has_effect(node) or node.target in (rng_state, draw):
@@ -194,6 +203,7 @@ class _Builder:
                 or is_random(node)
                 or node.target is rng_state
                 or PHASE in node.meta,
+                after=tuple(sorted(numbers)),
                 module=module_path(node),
                 source=source_line(node),
             )
@@ -293,7 +303,7 @@ class _Builder:
 
 
 def _with_order(problem: Problem, draws: set[int]) -> Problem:
-    """Order what the dataflow does not: mutations against readers, random draws and effects among themselves, the
+    """Order what the dataflow does not, beside what ops name already: mutations against readers, random draws and effects among themselves, the
     start of the backward against both.
 
     A reader of a buffer that changes may not run again after the change: an update of the optimizer follows all its
@@ -308,6 +318,7 @@ def _with_order(problem: Problem, draws: set[int]) -> Problem:
     last_draw: int | None = None
     start: int | None = None
     for i, op in enumerate(problem.ops):
+        after[i].update(op.after)
         for b in mutated.intersection(op.reads):
             if b in last_change:
                 after[i].add(last_change[b])

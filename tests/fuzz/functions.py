@@ -182,49 +182,6 @@ def softmaxes(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
 
 
 @function
-def cumulated(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    y = x.tanh()
-    return (y.cumsum(1) * 0.5, (1 + 0.1 * y).cumprod(1), y.cummax(1).values, y.logcumsumexp(-1) * 0.3)[k]
-
-
-@function
-def ordered(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    if k == 0:
-        return x.sort(1).values
-    if k == 1:
-        values, at = x.topk(x.shape[-1] // 2, dim=-1)
-        return torch.zeros_like(x).scatter(-1, at, values)
-    if k == 2:
-        return x - x.max(1, keepdim=True).values + x.median(-1, keepdim=True).values
-    return x - x.amin(-1, keepdim=True) * 0.5
-
-
-@function
-def products(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    y = earlier(past, k)
-    n = x.shape[1] * x.shape[2]
-    if k == 0:
-        return torch.einsum("bnd,bmd->bnm", x, y).softmax(-1) @ x
-    if k == 1:
-        return torch.bmm(x, torch.bmm(x.mT, y)) / n
-    if k == 2:
-        return torch.einsum("bnd,bne->bnd", x, y) / x.shape[2]
-    return torch.baddbmm(x, x @ y.mT, x, beta=0.5, alpha=1 / n)
-
-
-@function
-def complex_numbers(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    if k == 0:
-        return torch.complex(x, x.sin()).abs()
-    if k == 1:
-        z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(z * z.conj() + 1j * z).flatten(2)
-    if k == 2:
-        return torch.fft.irfft(torch.fft.rfft(x, dim=1), n=x.shape[1], dim=1) * 0.8
-    return torch.polar(x.tanh(), x).real
-
-
-@function
 def autocast(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=k < 3):
         y = x @ earlier(past, k).mT @ x
@@ -303,6 +260,14 @@ class _Clamp(torch.autograd.Function):
 
 
 @function
+def hooked(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
+    y = x.sin()
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * 0.5)
+    return y * x if k % 2 else y
+
+
+@function
 def own_function(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
     return _Clamp.apply(x, 0.5 + k)
 
@@ -336,23 +301,6 @@ def zero_sized(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
 
 
 @function
-def statistics(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    if k == 0:
-        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1)
-    if k == 1:
-        return F.normalize(x, dim=-1)
-    if k == 2:
-        return x / (1 + torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True))
-    variance, mean = torch.var_mean(x, dim=1, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + 1)
-
-
-@function
-def triangles(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    return x.triu(k - 1) + 0.1 * x.tril() if k % 2 else x * torch.outer(x[0, :, 0], x[0, 0]).sigmoid()
-
-
-@function
 def resampled(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
     mode = ("nearest", "linear", "nearest-exact", "area")[k]
     corners = {"align_corners": True} if mode == "linear" else {}
@@ -371,24 +319,9 @@ def pooled(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
 
 
 @function
-def bounded(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    return (x.clamp(-1, 1), x.abs().sqrt(), torch.maximum(x, earlier(past, k)), F.hardtanh(x, inplace=False))[k] * 0.9
-
-
-@function
-def losses(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    y = earlier(past, k).detach()
-    if k == 0:
-        return x * F.mse_loss(x, y).sigmoid()
-    if k == 1:
-        return x * F.cross_entropy(x.flatten(0, 1), y.argmax(-1).flatten(), label_smoothing=0.1).tanh()
-    if k == 2:
-        return x + F.smooth_l1_loss(x, y, reduction="none")
-    return x * F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction="batchmean").tanh()
-
-
-@function
 def mapped(x: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
+    if k == 3:
+        return torch.func.grad(lambda y: y.tanh().sum())(x)
     return torch.func.vmap(lambda row: row * row.softmax(-1), in_dims=1, out_dims=1)(x) * 2
 
 

@@ -17,6 +17,7 @@ from tests.fuzz.recipes import Model, Recipe, Run, leaves
 
 STEPS = 2
 GRAPHS = 8  # graphs and shapes of one model, each of which may refuse the budget once
+BESIDE = Recipe((("linear", 0), ("activation", 0), ("linear", 1), ("softmaxes", 0)))
 Seen = list[list[torch.Tensor | None]]
 
 
@@ -25,6 +26,9 @@ def check(recipe: Recipe, run: Run) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model(recipe).train(run.train)
+    if run.frozen:
+        for parameter in list(model.parameters())[1::2]:
+            parameter.requires_grad_(False)
     try:
         want = steps(twin := copy.deepcopy(model), twin, recipe, run)
     except RuntimeError:
@@ -71,11 +75,16 @@ def planned(model: nn.Module, recipe: Recipe, run: Run) -> Seen:
 def compiled(model: nn.Module, recipe: Recipe, run: Run, options: dict[str, Any] | None) -> Seen:
     torch._dynamo.reset()
     twin = copy.deepcopy(model)
-    backend = {"backend": "aot_eager"} if options is None else {"backend": "memplan", "options": options}
-    return steps(twin, torch.compile(twin, **backend), recipe, run)
+    # The default partitioner: the other one recomputes from buffers that the forward has changed meanwhile.
+    reference = {"backend": "aot_eager_default_partitioner"}
+    backend = reference if options is None else {"backend": "memplan", "options": options}
+    other = torch.compile(Model(BESIDE), **backend) if run.beside else None
+    return steps(twin, torch.compile(twin, **backend), recipe, run, other)
 
 
-def steps(model: nn.Module, call: Callable[..., Any], recipe: Recipe, run: Run) -> Seen:
+def steps(
+    model: nn.Module, call: Callable[..., Any], recipe: Recipe, run: Run, other: Callable[..., Any] | None = None
+) -> Seen:
     """What each step shows: outputs, loss, gradients, buffers, the state of the random generator."""
     seen: Seen = []
     for at in range(STEPS):
@@ -85,6 +94,8 @@ def steps(model: nn.Module, call: Callable[..., Any], recipe: Recipe, run: Run) 
         with nullcontext() if run.train else torch.no_grad():
             out = call(x, extra=extra)
         values = leaves(out)
+        if other is not None:
+            other(torch.ones(BESIDE.shape)).backward()
         if run.train:
             loss = sum(
                 (0.5 + k) * v.float().square().mean() for k, v in enumerate(values) if v.requires_grad and k != 2
@@ -93,6 +104,7 @@ def steps(model: nn.Module, call: Callable[..., Any], recipe: Recipe, run: Run) 
         found: list[torch.Tensor | None] = [v.detach().clone() for v in values]
         found += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         found += [None if t is None or t.grad is None else t.grad.clone() for t in (x, extra)]
+        found += [t.detach().clone() for t in (x, extra) if t is not None]
         found += [p.detach().clone() for p in model.parameters()] + [b.clone() for b in model.buffers()]
         found.append(torch.get_rng_state())
         seen.append(found)

@@ -1,4 +1,4 @@
-"""What a random model is made of, part two: modules with parameters and buffers, of the same form as the functions."""
+"""What a random model is made of, part three: modules with parameters and buffers, of the same form as the functions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ class On(nn.Module):
         return self.inner(x.transpose(1, 2)).transpose(1, 2) if self.channels_first else self.inner(x)
 
 
+class Pair(nn.Module):
+    """A module of torch's on the rows of two values."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, past: Sequence[Tensor]) -> Tensor:
+        return self.inner(x.flatten(0, 1), earlier(past, 1).flatten(0, 1)).view(x.shape)
+
+
 MODULES |= {
     "linear": lambda width, k: On(nn.Linear(width, width, bias=k != 3)),
     "feed_forward": lambda width, k: On(
@@ -49,6 +60,9 @@ MODULES |= {
     "encoder_layer": lambda width, k: On(
         nn.TransformerEncoderLayer(width, 2, 2 * width, 0.1 * (k % 2), batch_first=True, norm_first=k > 1)
     ),
+    "bilinear": lambda width, k: Pair(nn.Bilinear(width, width, width)),
+    "cell": lambda width, k: Pair((nn.GRUCell if k % 2 else nn.RNNCell)(width, width)),
+    "spectral_norm": lambda width, k: On(nn.utils.parametrizations.spectral_norm(nn.Linear(width, width))),
     "weight_norm": lambda width, k: On(nn.utils.parametrizations.weight_norm(nn.Linear(width, width))),
 }
 
@@ -105,6 +119,21 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor, past: Sequence[Tensor]) -> Tensor:
         return F.linear(self.same(x).tanh(), self.weight.t())
+
+
+@module
+class Repeated(nn.Module):
+    """One block, run several times: its weights' gradients add up, and its dropout draws anew each time."""
+
+    def __init__(self, width: int, k: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh(), nn.Dropout(0.1 * (k % 2)))
+        self.times = 2 + k // 2
+
+    def forward(self, x: Tensor, past: Sequence[Tensor]) -> Tensor:
+        for _ in range(self.times):
+            x = x + self.block(x)
+        return x
 
 
 @module

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+import tests.fuzz.numerics  # noqa: F401 - adds to FUNCTIONS
 from tests.fuzz.functions import FUNCTIONS, Tensor
 from tests.fuzz.modules import MODULES
 
@@ -24,6 +25,7 @@ class Recipe:
     outputs: tuple[tuple[str, int], ...] = ()
     shape: tuple[int, int, int] = (2, 4, 8)  # batch, length, width
     alone: bool = True  # the first output is the loss itself, and nothing else is read
+    mutates: bool = False  # writes into its second input, where there is one
 
     @property
     def loose(self) -> bool:
@@ -46,7 +48,9 @@ class Model(nn.Module):
             made = next(modules)(past[-1], past) if name in MODULES else FUNCTIONS[name](past[-1], past, k)
             past.append(made)
         if extra is not None:
-            past.append(past[-1] * extra)
+            past.append(past[-1] * (extra.sin() if self.recipe.mutates else extra))
+            if self.recipe.mutates:
+                extra.mul_(0.5).add_(past[0].detach())
         loss = past[-1].square().mean()
         return (
             loss
@@ -69,6 +73,7 @@ class Model(nn.Module):
         }[kind]()
 
 
+SELDOM = st.sampled_from((False, False, False, True))
 _TINY = st.tuples(st.sampled_from((2, 1, 3)), st.sampled_from((4, 2, 6)), st.sampled_from((8, 4, 12)))
 
 
@@ -76,7 +81,12 @@ def recipes(longest: int = 10, shapes: st.SearchStrategy[tuple[int, int, int]] =
     block = st.tuples(st.sampled_from(sorted(FUNCTIONS) + sorted(MODULES)), st.integers(0, 3))
     outputs = st.lists(st.tuples(st.sampled_from(OUTPUTS), st.integers(0, 7)), max_size=4).map(tuple)
     return st.builds(
-        Recipe, st.lists(block, min_size=1, max_size=longest).map(tuple), outputs, shapes, alone=st.booleans()
+        Recipe,
+        st.lists(block, min_size=1, max_size=longest).map(tuple),
+        outputs,
+        shapes,
+        alone=st.booleans(),
+        mutates=SELDOM,
     )
 
 
@@ -90,6 +100,8 @@ class Run:
     recompute: bool = True
     placement: bool = False
     fusion: bool = False
+    reuse: bool = True
+    disk: bool = False  # activations may go to a file
     profile: bool = False  # measure every op
     update: bool = False  # parameters change between the steps
     input_gradient: bool = False
@@ -97,6 +109,8 @@ class Run:
     aliased: bool = False  # a second input shares its memory
     other_batch: bool = False  # the last step has another batch size
     train: bool = True
+    frozen: bool = False  # every other parameter
+    beside: bool = False  # another compiled model runs between forward and backward
 
     @property
     def options(self) -> dict[str, Any]:
@@ -106,7 +120,10 @@ class Run:
             "solver_time_limit_s": 1.0,
             "recompute.enabled": self.recompute,
             "placement.enabled": self.placement,
+            "reuse.enabled": self.reuse,
         }
+        if self.disk:
+            given["swap.tiers"] = "disk"
         if self.fusion:
             given |= {"fusion.enabled": True, "lowering": "eager"}
         if self.peak:
@@ -115,22 +132,25 @@ class Run:
 
 
 def runs(arbitrary: bool) -> st.SearchStrategy[Run]:
-    seldom = st.sampled_from((False, False, False, True))
     return st.builds(
         Run,
         budget=st.sampled_from((60, 90, 75, 40, 25, 5, 110)),
         arbitrary=st.integers(0, 10**6) if arbitrary else st.none(),
-        peak=seldom,
+        peak=SELDOM,
         recompute=st.sampled_from((True, True, True, False)),
-        placement=seldom,
-        fusion=seldom,
-        profile=seldom,
+        placement=SELDOM,
+        fusion=SELDOM,
+        reuse=st.sampled_from((True, True, True, False)),
+        disk=SELDOM,
+        profile=SELDOM,
         update=st.booleans(),
         input_gradient=st.booleans(),
-        strided=seldom,
-        aliased=seldom,
-        other_batch=seldom,
+        strided=SELDOM,
+        aliased=SELDOM,
+        other_batch=SELDOM,
         train=st.sampled_from((True, True, True, True, False)),
+        frozen=SELDOM,
+        beside=SELDOM,
     )
 
 

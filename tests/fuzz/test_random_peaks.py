@@ -21,11 +21,14 @@ from tests.peak import peak_above
 SHAPES = st.sampled_from(((4, 16, 32), (3, 32, 64), (8, 64, 16)))
 NORMS = Recipe((("batch_norm_frozen", 2), ("batch_norm_frozen", 2), ("statistics", 0)), shape=(8, 64, 16), alone=True)
 
+SIZES = Recipe((("Counter", 2), ("data_dependent", 3)), shape=(3, 32, 64))
+
 
 @example(Recipe((("data_dependent", 0),), shape=(8, 64, 16)), 80, True)  # positions of a mask that indexes
 @example(Recipe((("fill_a_new_tensor", 1),), shape=(4, 16, 32)), 100, True)  # a copy that clones a whole storage
 @example(Recipe((("complex_numbers", 3),), shape=(3, 32, 64)), 100, True)  # a conjugate that a kernel resolves
 @example(NORMS, 40, True)  # a norm whose result lies otherwise in memory than its fake one
+@example(SIZES, 60, True)  # an assertion about the size of a result that waits for it through numbers alone
 @cases(40, 400)
 @given(recipes(LONGEST, SHAPES), st.sampled_from((100, 80, 60, 40, 20)), st.booleans())
 def test_no_step_holds_more_than_its_plan_says(recipe: Recipe, percent: int, strided: bool) -> None:
