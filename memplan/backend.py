@@ -23,7 +23,6 @@ from memplan.layouts import FAITHFUL
 from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
-from memplan.passes.channels_last import ChannelsLast
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.gradients import DenseGradients
@@ -46,7 +45,7 @@ log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
 _models = Models(Model)
-_REWRITES = (FuseAttention(), ChannelsLast(), ChunkLoss(), ChunkMLP())
+_REWRITES = (FuseAttention(), ChunkLoss(), ChunkMLP())
 
 
 def recent_plans() -> tuple[Planned, ...]:
