@@ -153,7 +153,7 @@ def table(rows: Mapping[str, Mapping[str, Record]]) -> str:
         "by eager's",
         "peak MB",
         "of the budget",
-        "samples/s",
+        "samples a CPU s",
         "by eager's",
     )
     lines: list[list[str]] = []
