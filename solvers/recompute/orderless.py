@@ -13,9 +13,8 @@ from memplan.problem import Phase, Problem
 from memplan.solvers.recompute.presence import presence
 
 COUNTS = (1, 4, 16)  # positions of the programs, one program after the other
-NODES = 200  # that HiGHS may look at; public graphs need fewer
-LARGEST = 40_000  # columns of a program: 2 s for HiGHS
-SECONDS = 2.0  # for one program; what it has proven by then counts, and no plan depends on it
+LARGEST = 40_000  # columns of a program
+WORK = 0.5  # for all programs together, in CP-SAT's deterministic seconds
 MOST_OPS = 5_000  # with more, the precedences alone take over a second
 
 
@@ -36,10 +35,13 @@ def any_order(problem: Problem) -> list[int]:
     return before
 
 
-def any_order_bound(problem: Problem, budget: int, goal: float, deadline: float = float("inf")) -> float:
+def any_order_bound(
+    problem: Problem, budget: int, goal: float, deadline: float = float("inf"), work: float = WORK
+) -> float:
     """Time that no plan under ``budget`` bytes can go below, whatever its order; inf: there is none.
 
-    ``goal``: the time of a plan; the programs end once they reach it. ``deadline``: of time.monotonic().
+    ``goal``: the time of a plan; the programs end once they reach it. ``deadline``: of time.monotonic();
+    ``work``: of all programs, in CP-SAT's deterministic seconds.
     """
     bound = problem.total_time
     if len(problem.ops) > MOST_OPS:
@@ -47,14 +49,16 @@ def any_order_bound(problem: Problem, budget: int, goal: float, deadline: float 
     before = any_order(problem)
     loads = _forced(problem, before)
     chain = _heaviest_chain(before, loads, budget // 2)
+    left = work
     for count in COUNTS:
         parts = [chain[len(chain) * k // count : len(chain) * (k + 1) // count] for k in range(count)]
         at = [max(part, key=lambda t: loads[t]) for part in parts if part]
         columns = (len(problem.buffers) + 2 * len(problem.ops)) * (len(at) + 1)
-        seconds = min(SECONDS, deadline - clock.monotonic())
-        if not at or columns > LARGEST or seconds <= 0 or bound >= goal * (1 - 1e-9):
+        seconds = deadline - clock.monotonic()
+        if not at or columns > LARGEST or min(seconds, left) <= 0 or bound >= goal * (1 - 1e-9):
             break
-        bound = max(bound, presence(problem, budget, at, nodes=NODES, seconds=seconds, before=before).bound)
+        found = presence(problem, budget, at, work=left, seconds=seconds, before=before)
+        bound, left = max(bound, found.bound), left - found.work
         if len(at) == len(chain):
             break
     return bound

@@ -1,4 +1,4 @@
-"""A linear program that bounds the time of recomputation: what is present at some positions, what runs again between.
+"""An integer program that bounds the time of recomputation: what is present at some positions, what runs again between.
 
 The relaxation of Checkmate's program (Jain et al., MLSys 2020) to a few positions t_1 < … < t_K of the stored order, at
 each of which the budget must hold. It keeps what the knapsack over one position lacks: a buffer absent at several
@@ -11,19 +11,17 @@ import time as clock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
+from ortools.sat.python import cp_model
 
 from memplan.problem import Phase, Problem
 
 REFINEMENTS = 10  # programs one after the other; each costs about as much as the ones before together
-LARGEST = 150_000  # columns of a program: 10 s for HiGHS
-SECONDS = 8.0  # the programs of training graphs take up to 2 s; those of dense random graphs may take minutes
+LARGEST = 150_000  # columns of a program
+WORK = 1.0  # for all programs together, in CP-SAT's deterministic seconds, which are about real ones
 # From so many ops on, with layers that repeat and so solutions that differ by which layer pays, the last thousandths of
-# the added time take HiGHS ten times as long as the rest: its programs may leave them, and have so long together.
-ROUGH, TOLERANCE, EXACT, TOGETHER = 1000, 3e-3, 1e-4, 4.0
-NODES = 30  # most of the proof is there at the root: more nodes changed no bound of the public graphs by 0.01 %
+# the added time take ten times as long as the rest: the programs may leave them.
+ROUGH, TOLERANCE, EXACT = 1000, 3e-3, 1e-4
+COST = 1e10  # the added time of running everything again, in the program's whole units
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,15 @@ class Presence:
 
     bound: float  # time that no plan with first runs in stored order can go below; inf: there is none
     sequence: tuple[int, ...] | None
+    work: float = 0.0  # that it took, in CP-SAT's deterministic seconds
 
 
 def presence(
     problem: Problem,
     budget: int,
     at: list[int],
-    nodes: int = NODES,
-    seconds: float = SECONDS,
+    work: float = WORK,
+    seconds: float = float("inf"),
     before: Sequence[int] | None = None,
     tolerance: float = EXACT,
 ) -> Presence:
@@ -48,37 +47,34 @@ def presence(
     ``before``: for each op those that run no later, itself included, as bits; ``at`` must be a chain of it. Without it
     the first runs stand in stored order.
 
-    ``nodes`` above 0: variables are whole, and HiGHS may branch so often; what it has proven by then counts. Whole
-    variables bound far better: on the public residual network at half its memory 12.2 % against 9.6 %. ``seconds`` is
-    a stop for graphs that HiGHS finds hard; a solution cut off by it is not used, so that plans repeat. ``tolerance``: of
-    the added time, how far the solution may be from the bound.
+    Whole variables bound far better than fractions: on the public residual network at half its memory 12.2 % against
+    9.6 %. ``work``: what CP-SAT may spend, in its deterministic seconds; ``seconds``: a solution cut off by the clock is
+    not used, so that plans repeat. ``tolerance``: of the added time, how far the solution may be from the bound.
     """
-    room = budget - problem.resident_bytes
-    rows = _Rows(problem, at, before or stored_order(problem))
+    program = _Program(problem, at, before or stored_order(problem))
     for k in range(len(at)):
-        rows.position(k, room)
-    shape = (len(rows.limits), len(rows.cost))
-    began = clock.monotonic()
-    result = milp(
-        rows.cost,
-        constraints=LinearConstraint(
-            coo_array((rows.values, (rows.lines, rows.columns)), shape=shape).tocsr(), -np.inf, np.array(rows.limits)
-        ),
-        bounds=Bounds(rows.low, rows.high),
-        integrality=np.full(len(rows.cost), int(nodes > 0)),
-        options={"time_limit": max(0.01, seconds), "mip_rel_gap": tolerance}
-        | ({"node_limit": nodes} if nodes > 0 else {}),
-    )
-    if result.status == 2:
-        return Presence(float("inf"), None)
-    cut_off = result.status == 1 and clock.monotonic() - began >= seconds
-    proven = result.mip_dual_bound if nodes > 0 else result.fun
-    # 1e-6: the tolerance to which HiGHS keeps constraints.
-    bound = problem.total_time + (0.0 if proven is None else max(0.0, float(proven)) * (1 - 1e-6))
-    return Presence(bound, None if result.x is None or cut_off else _sequence(problem, at, rows, result.x))
+        program.position(k, budget - problem.resident_bytes)
+    engine = cp_model.CpSolver()
+    engine.parameters.num_workers = 1
+    engine.parameters.catch_sigint_signal = False  # Ctrl-C is for the caller
+    engine.parameters.linearization_level = 2
+    engine.parameters.relative_gap_limit = tolerance
+    engine.parameters.max_deterministic_time = work
+    if seconds < float("inf"):
+        engine.parameters.max_time_in_seconds = max(0.01, seconds)
+    model, columns = program.model()
+    status = engine.solve(model)
+    spent = engine.response_proto.deterministic_time
+    if status == cp_model.INFEASIBLE:
+        return Presence(float("inf"), None, spent)
+    bound = problem.total_time + max(0.0, engine.best_objective_bound) * program.unit
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or engine.wall_time >= seconds:
+        return Presence(bound, None, spent)
+    chosen = {column for column, variable in columns.items() if engine.value(variable)}
+    return Presence(bound, _sequence(problem, at, program, chosen), spent)
 
 
-def _sequence(problem: Problem, at: list[int], rows: _Rows, x: np.ndarray) -> tuple[int, ...]:
+def _sequence(problem: Problem, at: list[int], rows: _Program, chosen: set[int]) -> tuple[int, ...]:
     """First runs in stored order; what was let go at a position runs again, with what it lacks, before its next use."""
     ops, writer = problem.ops, problem.writer
     here: set[int] = set()
@@ -97,7 +93,7 @@ def _sequence(problem: Problem, at: list[int], rows: _Rows, x: np.ndarray) -> tu
                 sequence.append(i)
                 here.update(ops[i].writes)
         if t in stops:
-            here = {b for b in here if x[rows.present(b, stops[t])] > 0.5 or ops[writer[b]].once}
+            here = {b for b in here if rows.present(b, stops[t]) in chosen | rows.ones or ops[writer[b]].once}
     lost = [b for b in problem.outputs if writer[b] >= 0 and b not in here and b not in rows.held]
     return (*sequence, *_rebuild(problem, lost, here))
 
@@ -148,30 +144,27 @@ def refine(
     budget: int,
     weigh: Callable[[tuple[int, ...]], Sequence[int]],
     deadline: float = float("inf"),
-    programs: int = REFINEMENTS,
+    work: float = WORK,
 ) -> Presence:
     """Programs of growing exactness: each also keeps the budget where the last one's sequence broke it most.
 
-    ``weigh``: the loads of a sequence, without the resident bytes; ``deadline``: of time.monotonic(); ``programs``: at
-    most so many. Returns the best bound with the sequence of the lowest peak; where that peak is within the budget the
-    sequence is optimal among those with first runs in stored order.
+    ``weigh``: the loads of a sequence, without the resident bytes; ``deadline``: of time.monotonic(); ``work``: of all
+    programs. Returns the best bound with the sequence of the lowest peak; where that peak
+    is within the budget the sequence is optimal among those with first runs in stored order.
     """
     room = budget - problem.resident_bytes
     at = tightest(problem, budget, 1)
     best = Presence(problem.total_time, None)
     lowest: float = float("inf")
     columns = len(problem.ops) + len(problem.buffers)
-    rough = len(problem.ops) > ROUGH
-    tolerance, seconds = (TOLERANCE, TOGETHER * max(1, columns / 5000)) if rough else (EXACT, SECONDS)
-    if rough:
-        deadline = min(deadline, clock.monotonic() + seconds)
-    for _ in range(programs):
-        if not at or columns * (len(at) + 1) > LARGEST or clock.monotonic() > deadline:
+    tolerance = TOLERANCE if len(problem.ops) > ROUGH else EXACT
+    for _ in range(REFINEMENTS):
+        seconds = deadline - clock.monotonic()
+        if not at or columns * (len(at) + 1) > LARGEST or seconds <= 0 or best.work >= work:
             break
-        left = min(seconds, deadline - clock.monotonic())
-        found = presence(problem, budget, at, seconds=left, tolerance=tolerance)
+        found = presence(problem, budget, at, work=work - best.work, seconds=seconds, tolerance=tolerance)
         rose = found.bound > best.bound * (1 + 1e-9)
-        best = replace(best, bound=max(best.bound, found.bound))
+        best = replace(best, bound=max(best.bound, found.bound), work=best.work + found.work)
         if found.sequence is None:
             break
         loads = weigh(found.sequence)
@@ -202,7 +195,7 @@ def _worst(sequence: tuple[int, ...], loads: Sequence[int], room: int, known: se
     return sorted(over, key=lambda t: (-over[t], t))[:2]
 
 
-class _Rows:
+class _Program:
     """Rows ``Σ factor · variable ≤ limit``, laid out as one block a position k, the end of interval k.
 
     Variables: p[b, k], b is present at position k; y[i, k], op i runs again in interval k, having run before it;
@@ -214,13 +207,11 @@ class _Rows:
     def __init__(self, problem: Problem, at: list[int], before: Sequence[int]) -> None:
         self.problem, self.at, self.before = problem, at, before
         self.buffers, self.ops, self.last = len(problem.buffers), len(problem.ops), len(at)
-        width = 2 + (self.buffers + 2 * self.ops) * (self.last + 1)
-        self.cost, self.low, self.high = np.zeros(width), np.zeros(width), np.zeros(width)
-        self.low[self.ONE] = self.high[self.ONE] = 1.0
-        self.lines: list[int] = []
-        self.columns: list[int] = []
-        self.values: list[float] = []
-        self.limits: list[float] = []
+        self.unit = max(problem.total_time, 1e-9) / COST
+        self.cost = dict[int, int]()
+        self.free = set[int]()  # columns that may be 0 or 1; all others are fixed
+        self.ones = {self.ONE}
+        self.rows: list[tuple[int, list[tuple[int, int]]]] = []
         backward = any(op.phase != Phase.FORWARD for op in problem.ops)
         self.held = {b for b in problem.forward_outputs if problem.writer[b] >= 0 and backward}
         for k in range(self.last + 1):
@@ -229,7 +220,22 @@ class _Rows:
             self.first_run(i)
         for b in problem.outputs:
             if problem.writer[b] >= 0:
-                self.row((1.0, self.ran(problem.writer[b], self.last - 1)), *self.had(b, self.last, self.last))
+                self.row((1, self.ran(problem.writer[b], self.last - 1)), *self.had(b, self.last, self.last))
+
+    def model(self) -> tuple[cp_model.CpModel, dict[int, cp_model.IntVar]]:
+        """The program for CP-SAT, and the variable of each free column."""
+        model = cp_model.CpModel()
+        variables = {column: model.new_bool_var("") for column in sorted(self.free - self.ones)}
+        for limit, terms in self.rows:
+            limit -= sum(factor for factor, column in terms if column in self.ones)
+            kept = [(variables[column], factor) for factor, column in terms if column in variables]
+            if kept:
+                model.add(cp_model.LinearExpr.weighted_sum([v for v, _ in kept], [f for _, f in kept]) <= limit)
+            elif limit < 0:
+                model.add_bool_or([])
+        paid = [(variables[column], cost) for column, cost in self.cost.items() if column in variables]
+        model.minimize(cp_model.LinearExpr.weighted_sum([v for v, _ in paid], [c for _, c in paid]))
+        return model, variables
 
     def present(self, b: int, k: int) -> int:
         return 2 + k * (self.buffers + 2 * self.ops) + b if k >= 0 else self.ZERO
@@ -247,28 +253,23 @@ class _Rows:
             return self.ZERO
         return 2 + k * (self.buffers + 2 * self.ops) + self.buffers + self.ops + i
 
-    def row(self, *terms: tuple[float, int], limit: float = 0.0) -> None:
-        for factor, column in terms:
-            if column != self.ZERO:
-                self.lines.append(len(self.limits))
-                self.columns.append(column)
-                self.values.append(factor)
-        self.limits.append(limit)
+    def row(self, *terms: tuple[int, int], limit: int = 0) -> None:
+        self.rows.append((limit, [term for term in terms if term[1] != self.ZERO]))
 
-    def had(self, b: int, low: int, high: int) -> list[tuple[float, int]]:
+    def had(self, b: int, low: int, high: int) -> list[tuple[int, int]]:
         """Minus: b is present at position ``low`` - 1 or made again in an interval from ``low`` to ``high``."""
         w = self.problem.writer[b]
-        return [(-1.0, self.present(b, low - 1)), *((-1.0, self.again(w, k)) for k in range(low, high + 1))]
+        return [(-1, self.present(b, low - 1)), *((-1, self.again(w, k)) for k in range(low, high + 1))]
 
     def interval(self, k: int) -> None:
         """What may be there at position k, from what was there at the position before."""
         for i, op in enumerate(self.problem.ops):
             then, now = self.ran(i, k - 1), self.ran(i, k)
             if then != self.ZERO and not op.once:
-                self.high[self.again(i, k)] = 1.0
-                self.cost[self.again(i, k)] = op.time
+                self.free.add(self.again(i, k))
+                self.cost[self.again(i, k)] = int(op.time / self.unit)
                 for u in self.problem.operands[i]:
-                    self.row((1.0, self.again(i, k)), *self.had(u, k, k))
+                    self.row((1, self.again(i, k)), *self.had(u, k, k))
             if k == self.last or now == self.ZERO:
                 continue
             if then != now:
@@ -276,22 +277,22 @@ class _Rows:
                     self.unknown(i, k)
                 continue  # its first run may be in this interval
             for b in op.writes:
-                self.row((1.0, self.present(b, k)), *self.had(b, k, k))
+                self.row((1, self.present(b, k)), *self.had(b, k, k))
 
     def unknown(self, i: int, k: int) -> None:
         """Whether op i has run by position k is for the program to say: not before its operands, and for good."""
-        self.high[self.ran(i, k)] = 1.0
-        self.row((-1.0, self.ran(i, k)), (1.0, self.ran(i, k - 1)))
+        self.free.add(self.ran(i, k))
+        self.row((-1, self.ran(i, k)), (1, self.ran(i, k - 1)))
         for j in {
             *(self.problem.writer[u] for u in self.problem.operands[i]),
             *self.problem.ops[i].after,
             *self.problem.ops[i].after_all,
         }:
             if self.ran(j, k) != self.ONE:
-                self.row((1.0, self.ran(i, k)), (-1.0, self.ran(j, k)))
+                self.row((1, self.ran(i, k)), (-1, self.ran(j, k)))
         for b in self.problem.ops[i].writes:
-            first = ((-1.0, self.ran(i, k)), (1.0, self.ran(i, k - 1)))
-            self.row((1.0, self.present(b, k)), *first, *self.had(b, k, k))
+            first = ((-1, self.ran(i, k)), (1, self.ran(i, k - 1)))
+            self.row((1, self.present(b, k)), *first, *self.had(b, k, k))
 
     def first_run(self, i: int) -> None:
         """Op i runs first in one of the intervals ``low`` to ``high``; its operands are there then."""
@@ -301,17 +302,15 @@ class _Rows:
             for u in self.problem.operands[i]:
                 made = self.ran(self.problem.writer[u], k - 1)
                 if made != self.ZERO:  # its writer has run by position k - 1 and op i has not: it is used later
-                    self.row((1.0, made), (-1.0, self.ran(i, k - 1)), *self.had(u, k, high))
+                    self.row((1, made), (-1, self.ran(i, k - 1)), *self.had(u, k, high))
 
     def position(self, k: int, room: int) -> None:
-        """The budget at position k, in units of itself; the running op's operands and results are there."""
+        """The budget at position k, in bytes; the running op's operands and results are there."""
         op, writer = self.problem.ops[self.at[k]], self.problem.writer
         used = {*self.problem.operands[self.at[k]], *op.writes} | (self.held if op.phase != Phase.FORWARD else set())
-        unit = max(1, room)
         terms = []
         for b in range(self.buffers):
             if writer[b] >= 0 and self.ran(writer[b], k) != self.ZERO:
-                self.high[self.present(b, k)] = 1.0
-                self.low[self.present(b, k)] = float(b in used)
-                terms.append((self.problem.buffers[b].size / unit, self.present(b, k)))
-        self.row(*terms, limit=(room - op.workspace) / unit)
+                (self.ones if b in used else self.free).add(self.present(b, k))
+                terms.append((self.problem.buffers[b].size, self.present(b, k)))
+        self.row(*terms, limit=room - op.workspace)

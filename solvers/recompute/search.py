@@ -125,7 +125,7 @@ class Search:
             self.best.low_seq[:] = other.best.low_seq
 
     def beside(self, mine: Callable[[], None], other: Callable[[], T]) -> T:
-        """Run ``mine`` on a second thread while ``other`` runs; the loops and HiGHS let other threads run meanwhile."""
+        """Run ``mine`` on a second thread while ``other`` runs; the loops and CP-SAT let other threads run meanwhile."""
         with ThreadPoolExecutor(1) as side:
             running = side.submit(mine)
             try:

@@ -14,8 +14,10 @@ from memplan.problem import Problem
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
 from memplan.solvers.recompute.evict import RULES, evicting
 from memplan.solvers.recompute.lowest import is_valid, lowest_sequence
+from memplan.solvers.recompute.orderless import WORK as BOUNDING
 from memplan.solvers.recompute.orderless import any_order_bound
-from memplan.solvers.recompute.presence import REFINEMENTS, refine
+from memplan.solvers.recompute.presence import WORK as PROGRAMS
+from memplan.solvers.recompute.presence import refine
 from memplan.solvers.recompute.reach import WORK, proves_infeasible
 from memplan.solvers.recompute.search import DEFAULT, SOLVER, Search
 from memplan.validate import check_sequence
@@ -29,12 +31,10 @@ WIDE, RESTARTS = (0.1, 1.0, 0.01), 8
 PATIENCE = 3  # restarts in a row that find nothing better: then the others rarely do
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
-EXACT = 1e-6  # of the added time: the tolerance to which HiGHS keeps constraints, so a bound this close is met
+EXACT = 1e-6  # of the added time: what the whole units of the presence programs leave, so a bound this close is met
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
 WORTHWHILE = 0.01  # of the time: below such a gap restarts found nothing on graphs that leave little of the order free
-# Where another order alone brings the peak below this share of the stored order's, plans keep little of the stored order,
-# and of its programs only so many are solved: dense random graphs take up to 8 s for one.
-FREE, FEW = 0.98, 2
+FREE = 0.98  # where another order alone brings the peak below this share, plans keep little of the stored order
 
 
 def solve_recompute(
@@ -104,45 +104,47 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
     """Fill ``search.best``; returns the bounds.
 
     First any sequence that fits, maybe an order that needs no recomputation. Then the presence programs, whose sequence
-    is often optimal for the stored order, and beside them, up to MANY ops, a hot round that may find a better order;
-    annealing from what they found where a gap is left, on two cores.
+    is often optimal for the stored order, and beside them what the rules of eviction give; annealing, on two cores, where
+    a gap is left.
     """
     problem, room = search.problem, budget - search.problem.resident_bytes
-    total = problem.total_time
+    total, work = problem.total_time, search.limits.work
     stored = tuple(range(len(problem.ops)))
     small = len(problem.ops) <= MANY
     lowest, ordered = lowest_sequence(search, floor, start, enough=budget)
     if search.best.low[1] > room:
-        search.infeasible = budget < floor or proves_infeasible(problem, budget, int(WORK * search.limits.work))
+        search.infeasible = budget < floor or proves_infeasible(problem, budget, int(WORK * work))
         return Bounds(total, total)
     search.round(lowest, room, *BRIEF)
     if search.best.time[0] <= total * (1 + 1e-12):
         return Bounds(total, total)
-    _evict(search, room, start or stored)
     twin = search.twin()
     free = max(twin.loads(ordered)) < FREE * max(twin.loads(stored))
-    programs = FEW if free else REFINEMENTS
     relaxed = search.beside(
-        (lambda: search.round(start or stored, room, *HOT)) if small else (lambda: None),
-        lambda: refine(problem, budget, twin.loads, search.deadline, programs),
+        lambda: _evict(search, room, start or stored),
+        lambda: refine(problem, budget, twin.loads, search.deadline, PROGRAMS * work),
     )
     if search.best.time[0] <= total * (1 + 1e-12):
         return Bounds(total, total)
     fixed = max(relaxed.bound if relaxed.bound < np.inf else total, recompute_bound(problem, budget))
     search.say(f"presence programs: no plan in stored order is faster than {fixed:.6g}")
     if relaxed.sequence is not None and is_valid(problem, relaxed.sequence):
-        search.round(relaxed.sequence, room, *(COLD if small and not free else BRIEF))
+        search.round(relaxed.sequence, room, *BRIEF)
     # A plan faster than the bound for the stored order has another order, and that bound says nothing about it.
-    if not fixed * (1 - 1e-9) <= search.best.time[0] <= fixed * (1 + CLOSE):
-        if free or search.best.time[0] > fixed * (1 + WORTHWHILE):
-            again = (WIDE,) * RESTARTS if small else (HOT,)
-            search.beside(
-                lambda: search.rounds(start or stored, room, again, PATIENCE),
-                lambda: twin.rounds(start or stored, room, again, PATIENCE),
-            )
-            search.adopt(twin)
-        search.round(search.fastest() or ordered, room, *COLD)
-    loose = any_order_bound(problem, budget, float(search.best.time[0]), search.deadline)
+    within = (fixed * (1 - 1e-9), fixed * (1 + CLOSE))
+    if not within[0] <= search.best.time[0] <= (within[1] if free else fixed * (1 + WORTHWHILE)):
+        again = (HOT, *(WIDE,) * RESTARTS) if small else (HOT,)
+        search.beside(
+            lambda: search.rounds(start or stored, room, again, PATIENCE),
+            lambda: twin.rounds(start or stored, room, again, PATIENCE),
+        )
+        search.adopt(twin)
+    polish = () if within[0] <= search.best.time[0] <= within[1] else (COLD,)
+    goal, known = float(search.best.time[0]), search.fastest() or ordered
+    loose = search.beside(
+        lambda: search.rounds(known, room, polish, 1),
+        lambda: any_order_bound(problem, budget, goal, search.deadline, BOUNDING * work),
+    )
     search.say(f"no plan in any order is faster than {loose:.6g}")
     return Bounds(max(fixed, loose), loose)
 
