@@ -117,6 +117,29 @@ def _in_short(model: str, rows: dict[str, Record]) -> tuple[str, ...]:
     )
 
 
+def gaps(data: Record) -> str:
+    """One line a model: what a plan adds to the time of the step and what any plan must add at least, at each budget;
+    the least peak found and its bound."""
+    header = ("model", *(f"{s} %" for s in SHARES), "least MB", "bound MB")
+    return markdown(header, [_gap(model, rows) for model, rows in data["rows"].items()]) + "\n"
+
+
+def _gap(model: str, rows: dict[str, Record]) -> tuple[str, ...]:
+    plans = [rows.get(f"memplan@{share}%", {}).get("plan") for share in SHARES]
+    least = rows.get(SMALLEST, {}).get("plan")
+    return (
+        model,
+        *(_added(plan) if plan else "" for plan in plans),
+        megabytes(least and least["peak"]),
+        megabytes(least and least["peak_bound"]),
+    )
+
+
+def _added(plan: Record) -> str:
+    most, least = (100 * (plan[name] / plan["unplanned_time"] - 1) for name in ("time", "bound"))
+    return f"{most:.1f} ({least:.1f})"
+
+
 def summary(data: Record) -> Iterator[str]:
     """Counts over all rows of memplan: promises kept, predictions within 2 %, exactness."""
     rows = [(row, group) for group in data["rows"].values() for key, row in group.items() if key.startswith("memplan")]
@@ -159,6 +182,7 @@ def main() -> None:
     counts = "\n".join(f"- {line}" for line in summary(results.data)) + "\n"
     written = table(results.data) + "\n" + counts
     path.with_name("budgets.md").write_text(written)
+    path.with_name("gaps.md").write_text(gaps(results.data))
     path.with_name("budgets_by_model.md").write_text(by_model(results.data) + "\n" + counts)
     Console(width=200).print(written, markup=False)
 

@@ -1,4 +1,4 @@
-"""Put the committed tables into the README, between their markers: ``python benchmarks/readme.py``.
+"""Put the committed tables into the README and the docs, between their markers: ``python benchmarks/readme.py``.
 
 Every figure there comes from ``benchmarks/results``; a table that was never measured leaves its place as it is.
 """
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "limits.md")
 
 
 def filled(text: str, results: Path) -> str:
@@ -23,4 +23,5 @@ def filled(text: str, results: Path) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(), HERE / "results"))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), HERE / "results"))
