@@ -262,7 +262,7 @@ def _trace(
     with mode, torch.set_grad_enabled(training), torch_compat.many_recompiles():
         try:
             # Static: a size that another analysis saw before must not turn one of this one's into a symbol.
-            torch.compile(fake.model, backend=backend, dynamic=False)(*fake.args, **fake.kwargs)
+            torch.compile(torch_compat.unmet(fake.model), backend=backend, dynamic=False)(*fake.args, **fake.kwargs)
         except torch_compat.BackendCompilerFailed as error:
             if refused:
                 raise refused[0] from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.external_utils import wrap_inline
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.effects import with_effects
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -117,6 +120,28 @@ def many_recompiles() -> Any:
     """Tracing is not bounded by dynamo's limit on recompilations of one function."""
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     return torch._dynamo.config.patch({name: 1_000_000})
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in a code object of its own: dynamo counts recompilations by code, and skips for good the code that
+    it once found no graph in."""
+    assert isinstance(function, types.FunctionType)
+    code, names, name = function.__code__.replace(), function.__globals__, function.__name__
+    own = types.FunctionType(code, names, name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update(function.__dict__)
+    return own
+
+
+def unmet(model: torch.nn.Module) -> Callable[..., Any]:
+    """What to give torch.compile so that nothing it met before counts, such as another model of the same class. The model
+    becomes a part of it: its forward changes."""
+    forward = model.forward
+    if isinstance(forward, types.MethodType) and trace_rules.check(forward):
+        return with_own_code(wrap_inline(model))  # torch's own classes: torch.compile wraps all in one code object
+    if isinstance(forward, types.MethodType) and isinstance(forward.__func__, types.FunctionType):
+        model.forward = types.MethodType(with_own_code(forward.__func__), model)
+    return model
 
 
 def frame_id() -> int | None:

@@ -49,10 +49,10 @@ def test_an_analysis_is_of_the_program_that_a_compiled_step_would_run(broken, tr
     assert bool(analysis.notes) == broken
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
+class Around(nn.Module):
+    def __init__(self, inner):
         super().__init__()
-        self.inner = nn.LSTM(4, 4)
+        self.inner = inner
 
     def forward(self, x):
         return self.inner(x)
@@ -65,12 +65,24 @@ class Recurrent(nn.Module):
         ({"args": None}, "not a NoneType"),
         ({"optimizer": torch.optim.AdamW}, "unknown optimizer"),
         ({"model": nn.Linear}, "expected a torch.nn.Module, got type"),
-        ({"model": Recurrent()}, "captured no graph"),
+        ({"model": Around(nn.LSTM(4, 4))}, "captured no graph"),
     ],
 )
 def test_what_cannot_be_analysed_is_told_in_a_line(given, said):
     with pytest.raises(MemplanError, match=said):
         api.analyze(**{"model": nn.Linear(4, 4), "args": (torch.zeros(2, 3, 4),)} | given)
+
+
+@pytest.mark.parametrize("around", [lambda model: model, Around], ids=["torch's class", "a class of one's own"])
+def test_a_model_that_cannot_be_analysed_leaves_the_next_one_of_its_class_alone(around):
+    """Dynamo skips for good the code in which it found no graph, and wraps torch's own classes in one code object."""
+    given = (torch.zeros(2, 3, 4),)
+    torch._dynamo.reset()
+    before = api.analyze(around(nn.Linear(4, 4)), given)
+    torch._dynamo.reset()
+    with pytest.raises(MemplanError, match="captured no graph"):
+        api.analyze(around(nn.LSTM(4, 4)), given)
+    assert api.analyze(around(nn.Linear(4, 4)), given) == before
 
 
 def test_an_export_that_cannot_be_written_names_the_file_asked_for(tmp_path):

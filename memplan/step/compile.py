@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -158,9 +157,7 @@ class Step:
         return self._compiled(capture, fullgraph=True, dynamic=False)
 
     def _compiled(self, backend: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
-        """The loss compiled, in a code object of its own: dynamo counts shapes, and forgets, by code."""
-        own = types.FunctionType(_loss.__code__.replace(), _loss.__globals__, _loss.__name__)
-        return torch.compile(own, backend=backend, **keywords)
+        return torch.compile(torch_compat.with_own_code(_loss), backend=backend, **keywords)
 
     def _capture(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's backend: its graph computes the loss, what is returned makes a step."""
