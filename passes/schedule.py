@@ -71,11 +71,16 @@ class _Writer:
         new = self._copy(kernel)
         new.meta[RECOMPUTE] = again
         if again:
-            _as_second_run(new)
+            _as_second_run(new, [k for k, a in enumerate(kernel.args) if self._is_resident(a)])
         for item in getitems:
             self._copy(item)
         if not again:
             self._sizes()
+
+    def _is_resident(self, argument: object) -> bool:
+        """Whether an argument looks at what is there throughout: no op makes it."""
+        writer = self.built.problem.writer
+        return isinstance(argument, fx.Node) and all(writer[b] < 0 for b in self.built.buffer_of[argument])
 
     def begin_backward(self) -> int:
         """Fix the forward's results, and make the backward emit its own views: only whole storages cross.
@@ -124,13 +129,14 @@ class _Writer:
         self.sizes = rest
 
 
-def _as_second_run(node: fx.Node) -> None:
-    """Call what a second run does otherwise than the first."""
+def _as_second_run(node: fx.Node, resident: Sequence[int]) -> None:
+    """Call what a second run does otherwise than the first. Of the arguments that it does not look at it is given those
+    that an op makes, for the plan holds them until then; the ``resident`` ones would only be saved for the backward."""
     if node.target is draw:
         node.target = replay
     elif node.target in STATISTICS_ONLY and node.args[TRAINING_ARG]:
-        unread = STATISTICS_ONLY[node.target]
-        node.args = tuple(None if k in unread else argument for k, argument in enumerate(node.args))
+        left_out = set(STATISTICS_ONLY[node.target]) & set(resident)
+        node.args = tuple(None if k in left_out else argument for k, argument in enumerate(node.args))
         node.target = without_statistics
 
 

@@ -12,13 +12,13 @@ def without_statistics(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: None,
-    running_var: None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     epsilon: float,
 ) -> tuple[Tensor | None, ...]:
     """``_native_batch_norm_legit_functional`` for the results that a second run is read for, with the same bits: running
-    statistics are neither read nor made. Their old values stay in no saved tensor, for the next forward changes them in
-    place."""
+    statistics are neither read nor made. The caller's are no argument, lest they be saved for the backward: the next
+    forward changes them in place."""
     return (*aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, epsilon), None, None)

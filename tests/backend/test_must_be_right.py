@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tests.arbitrary import arbitrary_plans
 from tests.backend.compare import Deep, X, compare, gelu_tanh
 
 
@@ -29,19 +31,29 @@ def test_other_random_ops_leave_the_stream_as_eager_does():
     compare(lambda: Deep(noisy, layers=6), (X,), budget="70%")
 
 
+class Normalised(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5))
+        self.norms = nn.ModuleList(norm(4) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x))) + x
+        return x
+
+
 def test_batch_norm_statistics_change_once():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5))
-            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(5))
+    compare(lambda: Normalised(nn.BatchNorm2d), (X.reshape(4, 4, 4, 8),), budget="70%")
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = F.relu(norm(conv(x))) + x
-            return x
 
-    compare(Net, (X.reshape(4, 4, 4, 8),), budget="70%")
+def test_instance_norm_statistics_change_once():
+    """An image's running statistics are repeated for the batch: they are results, which a plan holds and counts."""
+    norm = functools.partial(nn.InstanceNorm2d, affine=True, track_running_stats=True)
+    compare(lambda: Normalised(norm), (X.reshape(4, 4, 4, 8),), budget="70%")
+    for seed in range(3):
+        with arbitrary_plans(seed):
+            compare(lambda: Normalised(norm), (X.reshape(4, 4, 4, 8),), budget=None)
 
 
 def test_views_alias_one_storage():

@@ -10,7 +10,8 @@ SAMPLE = (
     "add", "chunk", "cumsum", "sort", "topk", "index_put", "scatter_add", "gather", "where", "bmm", "einsum", "cat",
     "unsafe_chunk", "clone", "expand", "as_strided", "view_as_complex", "fft.rfft", "linalg.svd", "linalg.solve",
     "std_mean", "norm", "cummax", "masked_fill", "logsumexp", "softmax", "nn.functional.batch_norm",
-    "nn.functional.layer_norm", "nn.functional.conv2d", "nn.functional.dropout", "nn.functional.embedding",
+    "nn.functional.layer_norm", "nn.functional.instance_norm", "nn.functional.conv2d", "nn.functional.dropout",
+    "nn.functional.embedding",
     "nn.functional.interpolate.bilinear", "nn.functional.max_pool2d", "nn.functional.scaled_dot_product_attention",
     "nn.functional.cross_entropy", "nn.functional.pad.reflect", "nn.functional.gelu", "randn", "bernoulli", "var_mean",
 )  # fmt: skip
