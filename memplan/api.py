@@ -342,6 +342,8 @@ def _frontier(
     found: list[FrontierPoint] = []
     for own in (*plans, highest):
         p = step.beside(own)
+        while found and p.time < found[-1].time and p.peak <= found[-1].peak:
+            found.pop()  # a search under a larger budget may find a plan that a smaller one would have kept
         if not found or p.time < found[-1].time or own is highest and p.peak > found[-1].peak:  # else no better
             point = FrontierPoint(p.budget or p.peak, p.peak, p.time, p.bound, p.status, decisions_of(problem, own))
             found.append(point)
