@@ -10,11 +10,12 @@ from __future__ import annotations
 import time as clock
 
 from memplan.problem import Phase, Problem
-from memplan.solvers.recompute.presence import presence
+from memplan.solvers.recompute.presence import LARGE, presence
 
 COUNTS = (1, 4, 16)  # positions of the programs, one program after the other
 LARGEST = 40_000  # columns of a program
 WORK = 0.5  # for all programs together, in CP-SAT's deterministic seconds
+SECONDS = 2.0  # for one program by HiGHS; what it has proven by then counts, and no plan depends on it
 MOST_OPS = 5_000  # with more, the precedences alone take over a second
 
 
@@ -54,7 +55,7 @@ def any_order_bound(
         parts = [chain[len(chain) * k // count : len(chain) * (k + 1) // count] for k in range(count)]
         at = [max(part, key=lambda t: loads[t]) for part in parts if part]
         columns = (len(problem.buffers) + 2 * len(problem.ops)) * (len(at) + 1)
-        seconds = deadline - clock.monotonic()
+        seconds = min(deadline - clock.monotonic(), SECONDS if len(problem.ops) > LARGE else float("inf"))
         if not at or columns > LARGEST or min(seconds, left) <= 0 or bound >= goal * (1 - 1e-9):
             break
         found = presence(problem, budget, at, work=left, seconds=seconds, before=before)

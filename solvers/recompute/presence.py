@@ -11,17 +11,16 @@ import time as clock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ortools.sat.python import cp_model
-
 from memplan.problem import Phase, Problem
+from memplan.solvers.recompute.engines import COST, Rows, by_cp_sat, by_highs
 
 REFINEMENTS = 10  # programs one after the other; each costs about as much as the ones before together
 LARGEST = 150_000  # columns of a program
 WORK = 1.0  # for all programs together, in CP-SAT's deterministic seconds, which are about real ones
-# From so many ops on, with layers that repeat and so solutions that differ by which layer pays, the last thousandths of
-# the added time take ten times as long as the rest: the programs may leave them.
-ROUGH, TOLERANCE, EXACT = 1000, 3e-3, 1e-4
-COST = 1e10  # the added time of running everything again, in the program's whole units
+# From so many ops on HiGHS solves the programs. With layers that repeat and so solutions that differ by which layer pays,
+# the last thousandths of the added time take it ten times as long as the rest: its programs may leave them, and have so
+# long together for 5,000 ops and buffers.
+LARGE, TOLERANCE, EXACT, TOGETHER = 1000, 3e-3, 1e-4, 4.0
 
 
 @dataclass(frozen=True)
@@ -54,27 +53,16 @@ def presence(
     program = _Program(problem, at, before or stored_order(problem))
     for k in range(len(at)):
         program.position(k, budget - problem.resident_bytes)
-    engine = cp_model.CpSolver()
-    engine.parameters.num_workers = 1
-    engine.parameters.catch_sigint_signal = False  # Ctrl-C is for the caller
-    engine.parameters.linearization_level = 2
-    engine.parameters.relative_gap_limit = tolerance
-    engine.parameters.max_deterministic_time = work
-    if seconds < float("inf"):
-        engine.parameters.max_time_in_seconds = max(0.01, seconds)
-    model, columns = program.model()
-    status = engine.solve(model)
-    spent = engine.response_proto.deterministic_time
-    if status == cp_model.INFEASIBLE:
-        return Presence(float("inf"), None, spent)
-    bound = problem.total_time + max(0.0, engine.best_objective_bound) * program.unit
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or engine.wall_time >= seconds:
-        return Presence(bound, None, spent)
-    chosen = {column for column, variable in columns.items() if engine.value(variable)}
-    return Presence(bound, _sequence(problem, at, program, chosen), spent)
+    if len(problem.ops) > LARGE:
+        answer = by_highs(program, seconds, tolerance)
+    else:
+        answer = by_cp_sat(program, work, seconds, tolerance)
+    bound = problem.total_time + answer.bound * program.unit
+    sequence = None if answer.chosen is None else _sequence(problem, at, program, answer.chosen)
+    return Presence(bound, sequence, answer.work)
 
 
-def _sequence(problem: Problem, at: list[int], rows: _Program, chosen: set[int]) -> tuple[int, ...]:
+def _sequence(problem: Problem, at: list[int], program: _Program, chosen: frozenset[int]) -> tuple[int, ...]:
     """First runs in stored order; what was let go at a position runs again, with what it lacks, before its next use."""
     ops, writer = problem.ops, problem.writer
     here: set[int] = set()
@@ -93,8 +81,8 @@ def _sequence(problem: Problem, at: list[int], rows: _Program, chosen: set[int])
                 sequence.append(i)
                 here.update(ops[i].writes)
         if t in stops:
-            here = {b for b in here if rows.present(b, stops[t]) in chosen | rows.ones or ops[writer[b]].once}
-    lost = [b for b in problem.outputs if writer[b] >= 0 and b not in here and b not in rows.held]
+            here = {b for b in here if program.present(b, stops[t]) in chosen or ops[writer[b]].once}
+    lost = [b for b in problem.outputs if writer[b] >= 0 and b not in here and b not in program.held]
     return (*sequence, *_rebuild(problem, lost, here))
 
 
@@ -157,7 +145,9 @@ def refine(
     best = Presence(problem.total_time, None)
     lowest: float = float("inf")
     columns = len(problem.ops) + len(problem.buffers)
-    tolerance = TOLERANCE if len(problem.ops) > ROUGH else EXACT
+    large = len(problem.ops) > LARGE
+    tolerance, together = (TOLERANCE, TOGETHER * max(1, columns / 5000)) if large else (EXACT, float("inf"))
+    deadline = min(deadline, clock.monotonic() + together)
     for _ in range(REFINEMENTS):
         seconds = deadline - clock.monotonic()
         if not at or columns * (len(at) + 1) > LARGEST or seconds <= 0 or best.work >= work:
@@ -195,8 +185,8 @@ def _worst(sequence: tuple[int, ...], loads: Sequence[int], room: int, known: se
     return sorted(over, key=lambda t: (-over[t], t))[:2]
 
 
-class _Program:
-    """Rows ``Σ factor · variable ≤ limit``, laid out as one block a position k, the end of interval k.
+class _Program(Rows):
+    """One block of columns a position k, the end of interval k.
 
     Variables: p[b, k], b is present at position k; y[i, k], op i runs again in interval k, having run before it;
     x[i, k], op i has run by position k. x is known where ``before`` tells it: then it is one of the first two columns.
@@ -205,13 +195,11 @@ class _Program:
     ZERO, ONE = 0, 1
 
     def __init__(self, problem: Problem, at: list[int], before: Sequence[int]) -> None:
+        super().__init__()
         self.problem, self.at, self.before = problem, at, before
         self.buffers, self.ops, self.last = len(problem.buffers), len(problem.ops), len(at)
         self.unit = max(problem.total_time, 1e-9) / COST
-        self.cost = dict[int, int]()
-        self.free = set[int]()  # columns that may be 0 or 1; all others are fixed
-        self.ones = {self.ONE}
-        self.rows: list[tuple[int, list[tuple[int, int]]]] = []
+        self.ones.add(self.ONE)
         backward = any(op.phase != Phase.FORWARD for op in problem.ops)
         self.held = {b for b in problem.forward_outputs if problem.writer[b] >= 0 and backward}
         for k in range(self.last + 1):
@@ -221,21 +209,6 @@ class _Program:
         for b in problem.outputs:
             if problem.writer[b] >= 0:
                 self.row((1, self.ran(problem.writer[b], self.last - 1)), *self.had(b, self.last, self.last))
-
-    def model(self) -> tuple[cp_model.CpModel, dict[int, cp_model.IntVar]]:
-        """The program for CP-SAT, and the variable of each free column."""
-        model = cp_model.CpModel()
-        variables = {column: model.new_bool_var("") for column in sorted(self.free - self.ones)}
-        for limit, terms in self.rows:
-            limit -= sum(factor for factor, column in terms if column in self.ones)
-            kept = [(variables[column], factor) for factor, column in terms if column in variables]
-            if kept:
-                model.add(cp_model.LinearExpr.weighted_sum([v for v, _ in kept], [f for _, f in kept]) <= limit)
-            elif limit < 0:
-                model.add_bool_or([])
-        paid = [(variables[column], cost) for column, cost in self.cost.items() if column in variables]
-        model.minimize(cp_model.LinearExpr.weighted_sum([v for v, _ in paid], [c for _, c in paid]))
-        return model, variables
 
     def present(self, b: int, k: int) -> int:
         return 2 + k * (self.buffers + 2 * self.ops) + b if k >= 0 else self.ZERO
