@@ -244,6 +244,9 @@ def _trace(
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(args, (tuple, list)):
         raise InputError(f"the model's positional inputs are a tuple or a list, not a {type(args).__name__}: (x,)")
+    model = torch_compat.uncompiled(model)
+    if any(map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise InputError("the model has lazy layers, whose shapes the first forward settles: run one before")
     mode = torch_compat.fake_mode_of([*model.parameters(), *model.buffers()])
     fake = _fake(model, args, kwargs, mode)
     planned: list[Planned] = []

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._guards import TracingContext, detect_fake_mode
@@ -131,6 +132,11 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     own.__kwdefaults__ = function.__kwdefaults__
     own.__dict__.update(function.__dict__)
     return own
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that ``torch.compile(model)`` wraps; any other one as it is."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def unmet(model: torch.nn.Module) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from memplan import api
 from memplan.backend import recent_plans
-from memplan.errors import MemplanError
+from memplan.errors import InputError, MemplanError
 from memplan.options import Options
 from memplan.program import Program
 from memplan.realise import realise
@@ -91,3 +91,16 @@ def test_an_export_that_cannot_be_written_names_the_file_asked_for(tmp_path):
     with pytest.raises(OSError, match="folder") as caught:
         analysis.export(asked)
     assert caught.value.filename == str(asked)
+
+
+def test_of_a_compiled_model_the_model_inside_is_analysed():
+    torch._dynamo.reset()
+    model, x = Net(broken=False), torch.randn(4, 16)
+    plain = api.analyze(model, args=(x,), training=True)
+    compiled = api.analyze(torch.compile(model), args=(x,), training=True)
+    assert compiled.peak_bytes == plain.peak_bytes and compiled.breakdown == plain.breakdown
+
+
+def test_lazy_layers_are_told_what_they_lack():
+    with pytest.raises(InputError, match="lazy layers"):
+        api.analyze(nn.LazyLinear(8), args=(torch.randn(4, 4),))
