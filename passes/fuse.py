@@ -163,6 +163,10 @@ class _Writer:
         results = self._results(unit)
         if not results:  # recomputations that only others inside would have read
             return
+        # What an op makes is the same however often it runs, and the plan holds it once: its runs in a region share it.
+        firsts = {r.meta[BUFFER]: r for r in reversed(results)}
+        twice = [r for r in results if firsts[r.meta[BUFFER]] is not r]
+        results = [r for r in results if firsts[r.meta[BUFFER]] is r]
         graph_module, outer = _subgraph([n for run in unit for n in self.graph.members[run]], results)
         region = Region.from_graph_module(graph_module)
         call = self.calls[unit] = self.kernels.setdefault(region.key, FusedRegion(region, self.lowering))
@@ -175,10 +179,12 @@ class _Writer:
         self.ops.append(self._op(unit, results, call))
         if len(results) == 1:
             self.now[results[0]] = node
-            return
-        for place, (result, value) in enumerate(zip(results, values)):
-            self.now[result] = self.new.call_function(operator.getitem, (node, place))
-            self.now[result].meta = copy.copy(result.meta) | {"val": value, OP: node.meta[OP]}
+        else:
+            for place, (result, value) in enumerate(zip(results, values)):
+                self.now[result] = self.new.call_function(operator.getitem, (node, place))
+                self.now[result].meta = copy.copy(result.meta) | {"val": value, OP: node.meta[OP]}
+        for result in twice:
+            self.now[result] = self.now[firsts[result.meta[BUFFER]]]
 
     def _results(self, unit: tuple[int, ...]) -> list[fx.Node]:
         """The nodes whose storages others read, or that are kept."""

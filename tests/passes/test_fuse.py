@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from memplan import planner, torch_compat
 from memplan.backend import recent_plans
-from memplan.build_problem import build_problem
+from memplan.build_problem import BUFFER, build_problem
 from memplan.capture import Capture
 from memplan.codegen import lowering
 from memplan.codegen.compiled import CompiledRegion
@@ -66,8 +67,8 @@ class Convolutions(nn.Module):
 class FusedBackend:
     """Dynamo's way through the pass, without a solver: stored order, then fusion."""
 
-    def __init__(self, repeat: bool = False, lowering: str = "eager") -> None:
-        self.repeat, self.lowering = repeat, lowering
+    def __init__(self, repeat: bool = False, lowering: str = "eager", twice: int | None = None) -> None:
+        self.repeat, self.lowering, self.twice = repeat, lowering, twice
         self.fused: Fused | None = None
         self.peaks: tuple[int, int] = (0, 0)
 
@@ -85,6 +86,9 @@ class FusedBackend:
         profile = profile_for("cpu")
         built = build_problem(Capture(joint, num_fwd_outputs), cost_model("analytic", profile), profile.granularity)
         sequence = list(range(len(built.problem.ops)))
+        if self.twice is not None:  # run this op again before its second reader
+            made = built.problem.ops[self.twice].writes[0]
+            sequence.insert([k for k, op in enumerate(built.problem.ops) if made in op.reads][1], self.twice)
         if self.repeat:  # recompute what the last backward op reads, right before it
             made = {b for op in built.problem.ops if not op.once for b in op.writes}
             last = built.problem.ops[-1]
@@ -293,3 +297,33 @@ def test_the_workspace_of_regions_is_counted_and_what_a_refusal_names_is_kept() 
     planned = recent_plans()[-1]
     assert planned.timeline.peak <= refused.value.smallest
     assert above <= planned.timeline.peak - planned.problem.resident_bytes
+
+
+class Scaled(nn.Module):
+    """Two products of one scaled operand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(64))
+        self.left, self.right = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = x * self.scale
+        return (self.left(scaled) * self.right(scaled)).sum()
+
+
+def test_runs_of_one_op_that_a_region_unites_make_one_result():
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(96, 64)
+    expected = torch.autograd.grad(model(x), list(model.parameters()))
+    torch._dynamo.reset()
+    backend = FusedBackend(twice=0)
+    found = torch.autograd.grad(torch.compile(model, backend=backend)(x), list(model.parameters()))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert backend.fused is not None
+    first = [unit for unit in backend.fused.plan.regions if 0 in unit]
+    assert first and len(first[0]) >= 2
+    for node in backend.fused.scheduled.graph_module.graph.nodes:
+        made = [u.meta[BUFFER] for u in node.users if u.op == "call_function" and u.target is operator.getitem]
+        assert len(set(made)) == len(made)
