@@ -1,10 +1,11 @@
 """The largest batch that fits a fixed number of bytes, and the throughput there.
 
 ``python benchmarks/batch.py [--models gpt2 llama vit]``. The budget of a model is eager's measured peak at a batch of its
-own, a quarter of the zoo's, so that steps of the largest batches take seconds. For every contender the largest
-batch whose step holds no more is searched: rivals are run and measured at each batch that is tried, memplan is
-asked for its smallest budget, which a refusal names without a run. At the batch found the peak is measured, and steps are timed
-in turns with eager's at its own batch, by the processor's time of one thread. Writes ``results/batch.json`` and ``results/batch.md``; a run resumes.
+own, a quarter of the zoo's, so that steps of the largest batches take seconds. For every contender the largest batch
+whose step holds no more is searched: rivals are run and measured at each batch that is tried, memplan is asked for its
+smallest budget, which a refusal names without a run. At the batch found the peak is measured, and steps are timed in
+turns with eager's at its own batch, by the processor's time of one thread. Writes ``results/batch.json`` and
+``results/batch.md``; a run resumes.
 """
 
 from __future__ import annotations

@@ -303,8 +303,8 @@ class _Builder:
 
 
 def _with_order(problem: Problem, draws: set[int]) -> Problem:
-    """Order what the dataflow does not, beside what ops name already: mutations against readers, random draws and effects among themselves, the
-    start of the backward against both.
+    """Order what the dataflow does not, beside what ops name already: mutations against readers, random draws and
+    effects among themselves, the start of the backward against both.
 
     A reader of a buffer that changes may not run again after the change: an update of the optimizer follows all its
     runs; before another change it becomes ``once``.

@@ -58,13 +58,12 @@ class BudgetInfeasibleError(MemplanError):
         """That the budget cannot be kept, and which can: a sentence each."""
         from memplan.units import format_bytes
 
-        least = f"one below {format_bytes(self.bound)} can exist for this graph."
+        refused = f"a budget of {format_bytes(self.budget)} cannot be kept."
+        below = f"below {format_bytes(self.bound)} can exist for this graph."
         if self.smallest is None:
-            least = f"N{least}"
-        else:
-            found = f"{format_bytes(self.smallest)} ({self.smallest} bytes)"
-            least = f"The smallest feasible budget found is {found}; n{least}"
-        return f"a budget of {format_bytes(self.budget)} cannot be kept.", least
+            return refused, f"None {below}"
+        found = f"{format_bytes(self.smallest)} ({self.smallest} bytes)"
+        return refused, f"The smallest feasible budget found is {found}; none {below}"
 
     def _message(self) -> str:
         from memplan.units import format_bytes

@@ -96,10 +96,10 @@ class Program:
             if type(size) is not int or size < 0:
                 raise InputError(f"{size!r} is no number of bytes")
         count = len(self.storages)
-        for step in (Step(StepKind.FREE, "resident", reads=self.resident), *self.steps):
-            for s in (*step.reads, *step.makes, *step.frees):
-                if not 0 <= s < count:
-                    raise InputError(f"{step.name} names storage {s}, which does not exist")
+        named = [(step.name, s) for step in self.steps for s in (*step.reads, *step.makes, *step.frees)]
+        for name, s in (*(("resident", s) for s in self.resident), *named):
+            if not 0 <= s < count:
+                raise InputError(f"{name} names storage {s}, which does not exist")
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())
