@@ -31,8 +31,9 @@ OTHER = .venv-torch-$(TORCH)
 test-torch:
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(OTHER)/bin/pip install --quiet torch==$(TORCH)
 	$(OTHER)/bin/pip install --quiet --no-build-isolation --editable ".[test]"
+	# last, with its own Triton: the one pinned for the tests would pull another torch
+	$(OTHER)/bin/pip install --quiet torch==$(TORCH)
 	$(OTHER)/bin/python -m pytest -n 2 tests/backend tests/fuzz
 
 check: format lint types test

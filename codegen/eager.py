@@ -28,7 +28,7 @@ def compile_eager(region: Region) -> CompiledRegion:
 
 def _workspace(region: Region) -> int:
     """An upper bound: every inner value at once."""
-    results = set(next(reversed(region.graph_module.graph.nodes)).all_input_nodes)
+    results = set(region.graph_module.graph.output_node().all_input_nodes)
     inner = 0
     for node in region.op_nodes:
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]

@@ -57,7 +57,7 @@ class Capture:
 
     @property
     def output_node(self) -> fx.Node:
-        return next(reversed(self.graph_module.graph.nodes))
+        return self.graph_module.graph.output_node()
 
     @property
     def outputs(self) -> list[object]:

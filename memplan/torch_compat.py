@@ -114,7 +114,7 @@ def fake_results(graph_module: fx.GraphModule) -> Any:
         shape, strides = ([size_hint(n) for n in part] for part in (value.shape, value.stride()))
         return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
-    return fx.node.map_arg(next(reversed(graph_module.graph.nodes)).args[0], shaped)
+    return fx.node.map_arg(graph_module.graph.output_node().args[0], shaped)
 
 
 def many_recompiles() -> Any:
@@ -239,7 +239,7 @@ def inductor_compile(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.exc import CppCompileError, InductorError
 
-    output = next(reversed(graph_module.graph.nodes))
+    output = graph_module.graph.output_node()
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
     mode = detect_fake_mode(inputs) or FakeTensorMode()
     try:

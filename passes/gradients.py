@@ -31,7 +31,7 @@ class DenseGradients:
     def apply(self, graph_module: fx.GraphModule) -> bool:
         """Returns whether the graph changed."""
         graph = graph_module.graph
-        output = next(reversed(graph.nodes))
+        output = graph.output_node()
         primals = [n for n in graph.nodes if n.op == "placeholder" and not is_tangent(n)]
         results = list(output.args[0])
         gradients = results[self.num_forward_outputs :]

@@ -162,7 +162,7 @@ def _copy_as_clone(graph: fx.Graph, node: fx.Node) -> bool:
 
 def _border(graph: fx.Graph) -> list[fx.Node]:
     """Nodes whose values the caller sees: placeholders, constants and results."""
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     return [*(n for n in graph.nodes if n.op in ("placeholder", "get_attr")), *output.all_input_nodes]
 
 

@@ -180,7 +180,7 @@ class _Writer:
             self._run(self.actions.after[at])
             if at < len(nodes):
                 self._copy(nodes[at])
-        output = next(reversed(self.scheduled.graph_module.graph.nodes))
+        output = self.scheduled.graph_module.graph.output_node()
         out = self.new.output(fx.node.map_arg(output.args[0], self._resolve))
         out.meta = copy.copy(output.meta)
         return Scheduled(fx.GraphModule(self.scheduled.graph_module, self.new), forward_nodes)

@@ -70,7 +70,7 @@ class _Writer:
         self, joint: fx.GraphModule, forward_outputs: int, inputs: Sequence[Input], trained: Mapping[int, Trained]
     ) -> None:
         self.joint, self.graph = joint, joint.graph
-        self.output = next(reversed(self.graph.nodes))
+        self.output = self.graph.output_node()
         self.results = list(self.output.args[0])  # type: ignore[arg-type]
         self.primals = [n for n in self.graph.nodes if n.op == "placeholder" and not is_tangent(n)]
         self.inputs, self.trained = list(inputs), trained
