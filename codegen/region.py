@@ -146,7 +146,7 @@ def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 def output_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The nodes a graph returns, flat. Raises UnsupportedError when it returns anything else."""
-    returned = graph_module.graph.output_node().args[0]
+    returned: Any = graph_module.graph.output_node().args[0]
     flat = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     for value in flat:
         if not isinstance(value, fx.Node):

@@ -205,7 +205,7 @@ class _Graph:
         return self._lower(graph_module, inputs, 0)
 
     def inference(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        outputs = len(next(reversed(graph_module.graph.nodes)).args[0])  # type: ignore[arg-type]
+        outputs = len(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
         try:
             check_supported(graph_module)
             self.trace.graph("captured", graph_module)

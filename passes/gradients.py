@@ -33,7 +33,7 @@ class DenseGradients:
         graph = graph_module.graph
         output = graph.output_node()
         primals = [n for n in graph.nodes if n.op == "placeholder" and not is_tangent(n)]
-        results = list(output.args[0])
+        results = list(output.args[0])  # type: ignore[arg-type]
         gradients = results[self.num_forward_outputs :]
         modified = False
         for k, (primal, gradient) in enumerate(zip(primals, gradients, strict=False)):
