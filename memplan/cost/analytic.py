@@ -123,9 +123,9 @@ def flops(described: Signature, made: list[Layout]) -> float:
     packet = described.target.overloadpacket
     shapes = [_shapes(a) for a in described.args]
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return sdpa_flop_count(*shapes[:3])
+        return sdpa_flop_count(*_with_all_heads(*shapes[:3]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return sdpa_backward_flop_count(*shapes[:4])
+        return sdpa_backward_flop_count(shapes[0], *_with_all_heads(*shapes[1:4]))
     if described.target.name() == ONEDNN_LINEAR:
         return 2 * prod(shapes[0]) * shapes[1][0]
     if packet in (aten.mv, aten.dot, aten.vdot, aten.addmv):
@@ -144,6 +144,12 @@ def flops(described: Signature, made: list[Layout]) -> float:
     if len(made) == 1:
         out = made[0].shape
     return formula(*shapes, **{k: _shapes(v) for k, v in described.kwargs}, out_val=out)
+
+
+def _with_all_heads(query: Any, *others: Any) -> Any:
+    """Shapes (batch, heads, tokens, width) as if keys and values had a head for each of the query's, as the products do;
+    torch 2.11 does not count the products of fewer."""
+    return query, *((batch, query[1], tokens, width) for batch, _, tokens, width in others)
 
 
 def traffic(packet: Any, operands: list[Layout], made: list[Layout]) -> int:

@@ -83,7 +83,7 @@ def test_the_pattern_is_found_and_values_stay(function, dtype):
     assert not any(n.target in (torch.softmax, nn.functional.softmax, "softmax") for n in module.graph.nodes)
     (got,) = module(*given)
     want = function(*inputs)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     assert got.dtype == want.dtype and got.stride() == want.stride()
     upstream = torch.randn_like(want)

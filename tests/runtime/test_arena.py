@@ -273,6 +273,7 @@ def test_an_interrupt_before_the_first_kernel_ends_the_run(net: Net, monkeypatch
     assert_same(step(run, net), wanted)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="autograd of a build with CUDA refuses to run after a fork")
 def test_a_forked_process_uses_its_copy(net: Net) -> None:
     run = compiled(net)
     wanted = step(run, net)
