@@ -24,7 +24,7 @@ test: $(VENV)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 tests/fuzz --hypothesis-profile nightly
 
-# The backend's tests under another torch, in an environment of its own: `make test-torch TORCH=2.11.0`. Set PIP_INDEX_URL
+# The tests of what meets torch, under another one, in an environment of its own: `make test-torch TORCH=2.11.0`. Set PIP_INDEX_URL
 # to an index of CPU builds: on Linux the default one has those with CUDA.
 TORCH ?= 2.11.0
 OTHER = .venv-torch-$(TORCH)
@@ -34,7 +34,7 @@ test-torch:
 	$(OTHER)/bin/pip install --quiet --no-build-isolation --editable ".[test]"
 	# last, with its own Triton: the one pinned for the tests would pull another torch
 	$(OTHER)/bin/pip install --quiet torch==$(TORCH)
-	$(OTHER)/bin/python -m pytest -n 2 tests/backend tests/fuzz
+	$(OTHER)/bin/python -m pytest -n 2 tests/backend tests/step tests/runtime tests/passes tests/cost tests/report tests/fuzz
 
 check: format lint types test
 
