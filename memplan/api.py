@@ -26,8 +26,8 @@ from memplan.devices import DeviceProfile, profile_for
 from memplan.errors import BudgetInfeasibleError, InputError, MemplanError
 from memplan.optimizers import Optimizer, Trained, with_update
 from memplan.options import Options
-from memplan.outcome import Limits
 from memplan.passes.coverage import coverage
+from memplan.planner import plan_frontier
 from memplan.plans import Plan
 from memplan.problem import Category
 from memplan.program import Program
@@ -326,22 +326,9 @@ def _frontier(
     budget whose plan is no faster than that of a smaller one makes no point."""
     if points < 2:
         return ()
-    from memplan.solvers.recompute import minimise_peak, solve_recompute
-
-    limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
-    problem = main.problem
-    highest = stored_plan(problem)
-    floor = step.update_peak - step.state  # below it no plan of forward and backward lowers the step's peak
-    plans = []
-    if floor < highest.peak:
-        plans.append(minimise_peak(problem, limits=limits))
-        if plans[0].peak < floor:
-            plans[0] = solve_recompute(problem, floor, limits=limits, start=plans[0].sequence)
-        for k in range(1, points - 1):
-            budget = plans[0].peak + (highest.peak - plans[0].peak) * k // (points - 1)
-            plan = solve_recompute(problem, budget, limits=limits, start=plans[-1].sequence)
-            if plan.peak <= budget:
-                plans.append(plan)
+    problem, highest = main.problem, stored_plan(main.problem)
+    # Below what the update holds no plan of forward and backward lowers the step's peak.
+    plans = plan_frontier(main, options, points, step.update_peak - step.state, progress)
     found: list[FrontierPoint] = []
     for own in (*plans, highest):
         p = step.beside(own)

@@ -118,6 +118,31 @@ def plan_capture(
     return planned
 
 
+def plan_frontier(
+    main: Planned, options: Options, points: int, floor: int, progress: Callable[[str], None] | None = None
+) -> list[Plan]:
+    """Plans of a planned graph, as a compiled step would run them, for ``points`` budgets in ascending order: from the
+    least that is found up to the unplanned peak, which makes a plan of its own no more. Peaks are the Programs'.
+
+    ``floor``: bytes below which a plan would gain nothing.
+    """
+    limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
+    options = replace(options, memory_budget=None)
+    seek = _Seek(main.built, options, limits, {})
+    highest = seek.stored.peak
+    if floor >= highest:
+        return []
+    lowest = max(floor, finished(seek.least(), options, Fuse(None, options.lowering)).timeline.peak)
+    plans = []
+    for k in range(points - 1):
+        budget = lowest + (highest - lowest) * k // (points - 1)
+        planned = finished(seek.plan(budget), options, Fuse(budget, options.lowering))
+        peak, plan = planned.timeline.peak, planned.plan
+        if peak <= budget:
+            plans.append(replace(plan, budget=budget, peak=peak, peak_bound=_peak_bound(planned, options)))
+    return plans
+
+
 class _Seek:
     """Plans of one graph, for one budget or another, and the Programs they mean."""
 
