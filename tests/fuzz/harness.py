@@ -18,7 +18,7 @@ from tests.arbitrary import arbitrary_plans
 from tests.fuzz.recipes import Model, Recipe, Run, leaves
 
 STEPS = 2
-GRAPHS = 8  # graphs and shapes of one model, each of which may refuse the budget once
+GRAPHS = 24  # refusals of one model: each of its graphs and shapes may refuse the budget, again when another holds more
 BESIDE = Recipe((("linear", 0), ("activation", 0), ("linear", 1), ("softmaxes", 0)))
 # AOTAutograd alone. The default partitioner: the other one recomputes from buffers that the forward has changed
 # meanwhile. Kernels as their fake results say: the views behind others read what nobody wrote.
