@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from memplan import torch_compat
 from memplan.build_problem import BUFFER, OP
 from memplan.capture import input_nodes, is_getitem, tensors
 from memplan.passes.copying import holders
@@ -165,10 +166,13 @@ def _alike(operand: fx.Node, node: fx.Node, holder: fx.Node) -> bool:
         return False
     if (a.dtype, a.device, a.shape, a.stride()) != (b.dtype, b.device, b.shape, b.stride()):
         return False
+    if any(map(torch_compat.free_symbols, (a, b, whole))):
+        return False
     if any(t.is_conj() or t.is_neg() for t in (a, b, whole)):
         return False  # noted on the view: what is written through it would be turned once more
-    sizes = {t.untyped_storage().nbytes() for t in (a, b, whole)} | {a.numel() * a.element_size()}
-    return a.storage_offset() == b.storage_offset() == 0 and len(sizes) == 1
+    sizes = [*(t.untyped_storage().nbytes() for t in (a, b, whole)), a.numel() * a.element_size()]
+    known = {torch_compat.size_hint(size) for size in sizes}  # numbers of a graph with symbols may be of their type
+    return a.storage_offset() == b.storage_offset() == 0 and len(known) == 1
 
 
 def _goes_row_by_row(node: fx.Node) -> bool:

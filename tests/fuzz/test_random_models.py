@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from tests.fuzz.harness import check
 from tests.fuzz.recipes import Recipe, Run, recipes, runs
@@ -23,6 +23,21 @@ def test_every_valid_plan_gives_what_eager_gives(recipe: Recipe, run: Run) -> No
     check(recipe, run)
 
 
+# Numbers of a graph with other sizes than the first, of symbols' type though they are known
+SIZES = (
+    "graph_break",
+    "in_place_on_a_view",
+    "batch_norm_frozen",
+    "graph_break",
+    "rms_norm",
+    "without_gradient",
+    "sampled",
+)
+
+
+@example(
+    Recipe(tuple((name, 0) for name in SIZES), alone=True), Run(60, update=True, input_gradient=True, other_batch=True)
+)
 @cases(30, 600)
 @given(recipes(LONGEST), runs(arbitrary=False))
 def test_every_budget_gives_what_eager_gives(recipe: Recipe, run: Run) -> None:
