@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from memplan import torch_compat
 from memplan.codegen.compiled import CompiledRegion
+from memplan.codegen.decompositions import cpu_decompositions
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region, placeholders
 
@@ -33,7 +34,7 @@ def compile_inductor(region: Region) -> CompiledRegion:
 def _compile(region: Region) -> CompiledRegion:
     inputs = [n.meta["val"] for n in placeholders(region.graph_module)]
     try:
-        graph = torch_compat.trace_fake(region.graph_module, inputs, _decompositions())
+        graph = torch_compat.trace_fake(region.graph_module, inputs, cpu_decompositions())
         made = torch_compat.inductor_compile(graph, inputs)
     except RuntimeError as error:
         log.debug("region %s runs eagerly: %s", region.name, error)
@@ -44,31 +45,6 @@ def _compile(region: Region) -> CompiledRegion:
 
     source = str(getattr(made, "source_code", ""))
     return CompiledRegion(run, wrapper_workspace(source, region), "inductor", source)
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's table, but for the gradient of the cross-entropy: its scatter would make the whole matrix of zeros."""
-    table = torch_compat.inductor_decompositions()
-    stock = table[torch.ops.aten.nll_loss_backward.default]
-
-    def nll_loss_backward(
-        grad: torch.Tensor,
-        logs: torch.Tensor,
-        target: torch.Tensor,
-        weight: torch.Tensor | None,
-        reduction: int,
-        ignore: int,
-        total: torch.Tensor,
-    ) -> torch.Tensor:
-        if weight is not None or logs.dim() != 2:
-            return stock(grad, logs, target, weight, reduction, ignore, total)
-        classes = torch.arange(logs.shape[1], device=logs.device)
-        chosen = (classes == target.unsqueeze(1)) & (target != ignore).unsqueeze(1)
-        share = grad / total if reduction == 1 else grad  # 1: the mean over the targets that count
-        return torch.where(chosen, -(share.unsqueeze(1) if share.dim() else share), 0.0).to(logs.dtype)
-
-    table[torch.ops.aten.nll_loss_backward.default] = nll_loss_backward
-    return table
 
 
 _ALLOCATE = re.compile(r"^(\w+) = empty_strided_\w+\(\(([^)]*)\), \(([^)]*)\), (torch\.\w+)\)")

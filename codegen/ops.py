@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -121,6 +123,21 @@ def is_fusible(node: fx.Node) -> bool:
     return all(_is_plain(n) for n in (node, *node.all_input_nodes))
 
 
+def sums_up_roughly(target: object, args: Sequence[object]) -> bool:
+    """Whether torch's own kernel adds up whole channels in single precision, where a region's sums are short: batch norms
+    on the CPU over images whose channels lie innermost."""
+    x = args[_NORMS[target]] if target in _NORMS else None
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    if value is None or value.device.type != "cpu" or value.dim() != 4 or value.is_contiguous():
+        return False
+    return bool(value.is_contiguous(memory_format=torch.channels_last))
+
+
+_NORMS: dict[object, int] = {  # place of what is normalised
+    torch.ops.aten._native_batch_norm_legit_functional.default: 0,
+    torch.ops.aten._native_batch_norm_legit.no_stats: 0,
+    torch.ops.aten.native_batch_norm_backward.default: 1,
+}
 _NAMESPACES = ("aten", "prims")
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from memplan import torch_compat
 from memplan.capture import Capture, Input, check_supported, is_tangent
+from memplan.codegen.lowering import default_lowering
 from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import MemplanError, UnsupportedError
@@ -23,6 +24,7 @@ from memplan.layouts import FAITHFUL
 from memplan.lower import Lowered, lower
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
+from memplan.passes.channels_last import ChannelsLast
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.gradients import DenseGradients
@@ -35,7 +37,7 @@ from memplan.pieces import Model, Models, Piece
 from memplan.planner import NOTHING, Elsewhere, Solved, plan_capture
 from memplan.problem import Category
 from memplan.realise import Planned
-from memplan.rewrites import Compiled, compile_best
+from memplan.rewrites import Compiled, Rewrite, compile_best
 from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
@@ -45,7 +47,6 @@ log = logging.getLogger("memplan")
 
 _recent: deque[Planned] = deque(maxlen=16)
 _models = Models(Model)
-_REWRITES = (FuseAttention(), ChunkLoss(), ChunkMLP())
 
 
 def recent_plans() -> tuple[Planned, ...]:
@@ -95,13 +96,20 @@ def compile_with(
     compile nothing, it runs as dynamo captured it."""
     known = graph_inputs(graph_module, example_inputs) if described is None else described
     graph_module = GroupedHeads().apply(graph_module) or graph_module
-    rewrites = _REWRITES if options.fusion_enabled else ()
     with interruptible(progress) as told:
         compiler = _Compiler(options, example_inputs, known, elsewhere, told, draft)
-        run, planned = compile_best(graph_module, rewrites, compiler, options.objective == "peak")
+        run, planned = compile_best(graph_module, _rewrites(options), compiler, options.objective == "peak")
     if planned is not None:
         remember(planned)
     return run, planned
+
+
+def _rewrites(options: Options) -> tuple[Rewrite, ...]:
+    if not options.fusion_enabled:
+        return ()
+    # Torch's own norms of such images sum up roughly: only where all are regions of Inductor's.
+    in_regions = (options.lowering or default_lowering("cpu")) == "inductor" and "disk" not in options.swap_tiers
+    return (FuseAttention(), *((ChannelsLast(),) if in_regions else ()), ChunkLoss(), ChunkMLP())
 
 
 def raising(error: MemplanError) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,14 +19,15 @@ from memplan import torch_compat
 from memplan.build_problem import BUFFER, OP, RECOMPUTE
 from memplan.capture import input_nodes, tensors
 from memplan.codegen.lowering import FusedRegion
-from memplan.codegen.ops import is_fusible
+from memplan.codegen.ops import is_fusible, sums_up_roughly
 from memplan.codegen.region import Region
 from memplan.errors import UnsupportedError
 from memplan.passes.copying import resolve
 from memplan.passes.runs import RunGraph
 from memplan.passes.schedule import Scheduled
 from memplan.problem import Op, Phase, Problem
-from memplan.solvers.fusion import FusionPlan, solve_fusion
+from memplan.runtime.norms import NO_STATISTICS, without_statistics
+from memplan.solvers.fusion import FusionPlan, FusionProblem, solve_fusion
 
 log = logging.getLogger("memplan")
 
@@ -64,27 +65,33 @@ class Fuse:
 
     def apply(self, scheduled: Scheduled, problem: Problem) -> Fused:
         """Never raises the peak: a region whose workspace would is made smaller, and in the end not fused."""
-        graph = RunGraph(scheduled, problem, is_fusible, self.launch_bytes)
+        graph = RunGraph(scheduled, problem, _may_join, self.launch_bytes)
         kernels: dict[str, FusedRegion] = {}
         caps: dict[int, int] = {}
         for attempt in range(_ATTEMPTS + 1):
             plan = solve_fusion(graph.problem, self.limit, caps)
-            writer = _Writer(graph, plan, self.lowering, kernels, self.measured)
+            writer = _Writer(graph, plan, self.lowering, kernels, self.measured, caps)
             fused = writer.write()
-            broken = self._broken(plan, writer.calls)
+            broken = self._broken(graph.problem, plan, writer.calls)
             if not broken and not writer.refused:
                 break
             for unit in (*broken, *writer.refused):
-                cap = len(unit) // 2 if attempt < _ATTEMPTS - 1 and unit in broken else 1
+                cap = len(unit) // 2 if attempt < _ATTEMPTS - 1 and unit in broken else 0
                 caps |= {run: min(cap, caps.get(run, cap)) for run in unit}
         log.info("fused %s", fused)
         return fused
 
-    def _broken(self, plan: FusionPlan, calls: dict[tuple[int, ...], FusedRegion]) -> list[tuple[int, ...]]:
-        """Regions whose own workspace lifts the load over the limit."""
+    def _broken(
+        self, problem: FusionProblem, plan: FusionPlan, calls: dict[tuple[int, ...], FusedRegion]
+    ) -> list[tuple[int, ...]]:
+        """Regions whose own workspace lifts the load over the limit; that of their largest run is in the load."""
         limit = max(plan.peak_before if self.limit is None else self.limit, plan.peak_after)
         loads = dict(zip(plan.units, plan.loads))
-        return [u for u, call in calls.items() if self.measured and loads[u] + call.compiled.workspace > limit]
+
+        def more(unit: tuple[int, ...]) -> int:
+            return max(0, calls[unit].compiled.workspace - max(problem.runs[run].workspace for run in unit))
+
+        return [unit for unit in calls if self.measured and loads[unit] + more(unit) > limit]
 
 
 class _Writer:
@@ -97,7 +104,9 @@ class _Writer:
         lowering: str | None,
         kernels: dict[str, FusedRegion],
         measured: bool,
+        caps: Mapping[int, int],
     ) -> None:
+        self.caps = caps
         self.graph, self.plan, self.lowering, self.kernels, self.measured = graph, plan, lowering, kernels, measured
         self.new = fx.Graph()
         self.now: dict[fx.Node, fx.Node] = {}
@@ -127,7 +136,7 @@ class _Writer:
         return Fused(Scheduled(module, forward_nodes), problem, self.plan, tuple(self.calls.values()))
 
     def _unit(self, unit: tuple[int, ...]) -> None:
-        if len(unit) > 1:
+        if len(unit) > 1 or self._is_better_alone(unit[0]):
             try:
                 self._region(unit)
                 return
@@ -139,6 +148,11 @@ class _Writer:
                 for operand in input_nodes(node):
                     self._resolve(operand)
                 self._copy(node)
+
+    def _is_better_alone(self, run: int) -> bool:
+        """Whether a region of this run alone is more exact than its kernel, and was not found to need too much memory."""
+        fusible = self.graph.problem.runs[run].domain >= 0 and self.caps.get(run, 1) > 0
+        return fusible and any(sums_up_roughly(*_in_region(node)) for node in self.graph.members[run])
 
     def _rest_of_forward(self, boundary: int) -> None:
         """Forward nodes that the graph's results or the backward read must stand before the boundary."""
@@ -248,8 +262,21 @@ def _subgraph(members: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[f
         env[node].meta = copy.copy(node.meta)
     for node in body:
         env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node].target, env[node].args = _in_region(env[node])
     graph.output(tuple(env[n] for n in results))
     return fx.GraphModule(torch.nn.Module(), graph), list(outer)
+
+
+def _may_join(node: fx.Node) -> bool:
+    return node.target is without_statistics or is_fusible(node)
+
+
+def _in_region(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """Target and arguments of a node as a region has it: a norm that runs again by its plain op."""
+    if node.target is not without_statistics:
+        return node.target, node.args
+    x, weight, bias, _, _, *rest = node.args
+    return NO_STATISTICS, (x, weight, bias, *rest)
 
 
 def _derives_from(node: fx.Node, inside: set[fx.Node]) -> bool:

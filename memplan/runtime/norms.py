@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+NO_STATISTICS = torch.ops.aten._native_batch_norm_legit.no_stats
 
 
 def without_statistics(
@@ -21,4 +21,4 @@ def without_statistics(
     """``_native_batch_norm_legit_functional`` for the results that a second run is read for, with the same bits: running
     statistics are neither read nor made. The caller's are no argument, lest they be saved for the backward: the next
     forward changes them in place."""
-    return (*aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, epsilon), None, None)
+    return (*NO_STATISTICS(x, weight, bias, training, momentum, epsilon), None, None)

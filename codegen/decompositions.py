@@ -1,0 +1,138 @@
+"""How Inductor's C++ computes a few ops that its own table computes less exactly, or in more memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memplan import torch_compat
+
+aten = torch.ops.aten
+
+
+def cpu_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table with those ops replaced; what a replacement does not cover stays with the table."""
+    table = torch_compat.inductor_decompositions()
+    return table | {target: _or(ours, table.get(target, target)) for target, ours in _OURS.items()}
+
+
+def _or(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    def decomposed(*args: Any, **kwargs: Any) -> Any:
+        found = ours(*args, **kwargs)
+        return stock(*args, **kwargs) if found is NotImplemented else found
+
+    return decomposed
+
+
+def _nll_loss_backward(
+    grad: Tensor, logs: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int, total: Tensor
+) -> Any:
+    """The gradient of the cross-entropy without a scatter, which would make the whole matrix of zeros."""
+    if weight is not None or logs.dim() != 2:
+        return NotImplemented
+    classes = torch.arange(logs.shape[1], device=logs.device)
+    chosen = (classes == target.unsqueeze(1)) & (target != ignore).unsqueeze(1)
+    share = grad / total if reduction == 1 else grad  # 1: the mean over the targets that count
+    return torch.where(chosen, -(share.unsqueeze(1) if share.dim() else share), 0.0).to(logs.dtype)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    epsilon: float,
+) -> Any:
+    """Batch norm in training, its statistics of rows first and of their means then (Chan, Golub and LeVeque 1979,
+    section 2).
+
+    One sum for all images and positions rounds the more the longer it is; torch's kernel avoids it with sums in double
+    precision, except where channels lie innermost. Here no chain of sums is longer than a row, in either layout.
+    """
+    if not training or x.dim() < 3:
+        return NotImplemented
+    kind = torch.promote_types(x.dtype, torch.float32)
+    values = x.to(kind)
+    rows = values.mean(-1, keepdim=True)
+    spread = (values - rows).square().mean(-1, keepdim=True)
+    mean = _overall(rows)
+    variance = _overall(spread + (rows - mean).square())
+    mean, variance, scale = (t.to(kind) for t in (mean, variance, torch.rsqrt(variance + epsilon)))
+    result = (values - mean) * scale
+    if weight is not None:
+        result = result * _a_channel(weight, x)
+    if bias is not None:
+        result = result + _a_channel(bias, x)
+    mean, variance, scale = (t.flatten() for t in (mean, variance, scale))
+    if running_mean is not None:
+        running_mean = torch.lerp(running_mean, mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        count = x.numel() // x.shape[1]
+        unbiased = variance * (count / max(1, count - 1))
+        running_var = torch.lerp(running_var, unbiased.to(running_var.dtype), momentum)
+    return result.to(x.dtype), mean, scale, running_mean, running_var
+
+
+def _overall(rows: Tensor) -> Tensor:
+    """From means of rows, (images, channels, ..., 1), to means of channels in double precision, one dimension after the
+    other: rows are few."""
+    rows = rows.double()
+    for dimension in (*range(rows.dim() - 2, 1, -1), 0):
+        rows = rows.mean(dimension, keepdim=True)
+    return rows
+
+
+def _a_channel(values: Tensor, x: Tensor) -> Tensor:
+    """One value for each channel of x."""
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    training: bool,
+    epsilon: float,
+    wanted: list[bool],
+) -> Any:
+    """The gradients of that; what they sum up is summed by rows, too."""
+    if not training or mean is None or scale is None or x.dim() < 3:
+        return NotImplemented
+    kind = torch.promote_types(x.dtype, torch.float32)
+    upstream, mean, scale = gradient.to(kind), _a_channel(mean, x), _a_channel(scale, x)
+    normal = (x.to(kind) - mean) * scale
+    count = x.numel() // x.shape[1]
+    total, along = (_overall(t.mean(-1, keepdim=True)).to(kind) for t in (upstream, upstream * normal))
+    factor = scale if weight is None else scale * _a_channel(weight, x)
+    first = ((upstream - total - normal * along) * factor).to(x.dtype) if wanted[0] else None
+    second, third = (
+        (t.flatten() * count).to(kind if weight is None else weight.dtype) if want else None
+        for t, want in zip((along, total), wanted[1:], strict=True)
+    )
+    return first, second, third
+
+
+def _norm_again(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, epsilon: float
+) -> Any:
+    """The same without running statistics."""
+    found = _norm(x, weight, bias, None, None, training, momentum, epsilon)
+    return found if found is NotImplemented else found[:3]
+
+
+_OURS: dict[Any, Callable[..., Any]] = {
+    aten.nll_loss_backward.default: _nll_loss_backward,
+    aten._native_batch_norm_legit_functional.default: _norm,
+    aten._native_batch_norm_legit.no_stats: _norm_again,
+    aten.native_batch_norm_backward.default: _norm_backward,
+}

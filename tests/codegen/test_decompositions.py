@@ -1,0 +1,95 @@
+"""What Inductor's C++ computes by decompositions of ours, against float64 and torch's own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from memplan.codegen.lowering import FusedRegion, default_lowering
+from memplan.codegen.region import Region
+from memplan.torch_compat import FakeTensorMode, trace_fake
+
+aten = torch.ops.aten
+EPSILON, MOMENTUM = 1e-5, 0.1
+ROUNDING = 1.5  # times the error of torch's kernel for images that lie one channel after the other
+
+pytestmark = pytest.mark.skipif(default_lowering("cpu") != "inductor", reason="no C++ compiler")
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
+    return aten._native_batch_norm_legit_functional(x, weight, bias, mean, variance, True, MOMENTUM, EPSILON)
+
+
+def forward_again(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
+    return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, MOMENTUM, EPSILON)
+
+
+def backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return aten.native_batch_norm_backward(gradient, x, weight, None, None, mean, scale, True, EPSILON, [True] * 3)
+
+
+def compiled(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
+    mode = FakeTensorMode()
+    graph = trace_fake(lambda *given: tuple(function(*given)), [mode.from_tensor(t) for t in inputs])
+    results = FusedRegion(Region.from_graph_module(graph), "inductor")(*inputs)
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("inside", (True, False), ids=("channels inside", "channels outside"))
+@pytest.mark.parametrize("shape", ((8, 16, 24, 24), (4, 5, 7, 9), (16, 8, 30)), ids=str)
+@pytest.mark.parametrize("offset", (0.0, 30.0))
+def test_batch_norms_round_as_torch_does_with_double_sums(shape: tuple[int, ...], offset: float, inside: bool) -> None:
+    chance = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(shape, generator=chance) for _ in range(2))
+    x = x * 2 + offset
+    x[(0, slice(None), *[0] * (x.dim() - 2))] = 25 + offset  # an outlier where each channel begins
+    channels = shape[1]
+    weight, bias = torch.rand(channels, generator=chance) + 0.5, torch.randn(channels, generator=chance)
+    running = torch.zeros(channels), torch.ones(channels)
+    given = (x, weight, bias, *running)
+    exact = forward(*(t.double() for t in given))
+    later = (gradient, x, weight, exact[1].float(), exact[2].float())
+    exact_later = backward(*(t.double() for t in later[:3]), *exact[1:3])
+    plain = errors(forward(*given), exact), errors(backward(*later), exact_later)
+    if inside:
+        if x.dim() != 4:
+            pytest.skip("torch has no such layout")
+        x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
+        given, later = (x, *given[1:]), (gradient, x, *later[2:])
+    ours = errors(compiled(forward, *given), exact), errors(compiled(backward, *later), exact_later)
+    again = errors(compiled(forward_again, *given), exact[:3])
+    for error, limit in zip((*ours[0], *ours[1], *again), (*plain[0], *plain[1], *plain[0][:3]), strict=True):
+        assert error <= ROUNDING * limit + torch.finfo(torch.float32).eps
+
+
+def test_a_norm_of_doubles_is_one_of_doubles() -> None:
+    x = torch.randn(4, 6, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(6, dtype=torch.float64)
+    found, wanted = compiled(forward, x, ones, ones, ones, ones), forward(x, ones, ones, ones, ones)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_without_weights_and_wanted_gradients() -> None:
+    x = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
+
+    def norm(x: Tensor) -> tuple[Tensor, ...]:
+        return aten._native_batch_norm_legit.no_stats(x, None, None, True, MOMENTUM, EPSILON)
+
+    def first_gradient(x: Tensor) -> tuple[Tensor, ...]:
+        _, mean, scale = norm(x)
+        wanted = [True, False, False]
+        return aten.native_batch_norm_backward(x.sin(), x, None, None, None, mean, scale, True, EPSILON, wanted)[:1]
+
+    for function in (norm, first_gradient):
+        for found, wanted in zip(compiled(function, x), function(x.contiguous()), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
