@@ -100,13 +100,16 @@ class Search:
         self.say(f"round done: best time {self.best.time[0]:.6g}, lowest peak {self.best.low[1]}")
 
     def rounds(
-        self, sequence: Sequence[int], room: int, each: Iterable[tuple[float, float, float]], patience: int
+        self, sequence: Sequence[int] | None, room: int, each: Iterable[tuple[float, float, float]], patience: int
     ) -> None:
-        """Rounds that all begin at ``sequence``, until ``patience`` in a row have found nothing better."""
+        """Rounds that all begin at ``sequence``, or each at the fastest so far, until ``patience`` in a row have found
+        nothing better."""
         vain = 0
         for share, hot, cold in each:
-            before = self.best.time[0]
-            self.round(sequence, room, share, hot, cold)
+            before, begin = self.best.time[0], sequence or self.fastest()
+            if begin is None:
+                return
+            self.round(begin, room, share, hot, cold)
             vain = 0 if self.best.time[0] < before else vain + 1
             if vain == patience:
                 return

@@ -25,10 +25,10 @@ from memplan.validate import check_sequence
 # The rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
 # one forgets most of its start; the cold one keeps the order of its start and removes what is not needed.
 HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
-# Restarts on each of two cores where a gap is left: ends of equal rounds differ much (random_layered_n250 at 60 %: 9.4
-# to 13.6 % in ten of 0.1, against 11.2 in one of 1.0), so many short ones find more than a long one.
-WIDE, RESTARTS = (0.1, 1.0, 0.01), 8
-PATIENCE = 3  # restarts in a row that find nothing better: then the others rarely do
+# Restarts on each of two cores where a gap is left, from the start and then from the best: ends of equal rounds differ
+# much, so many short ones find more than a long one, and a hot round from a good sequence ends better than from any other.
+WIDE, RESTARTS = (0.1, 1.0, 0.01), 4
+PATIENCE = 2  # restarts in a row that find nothing better: then the others rarely do
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
 MANY = 1000  # ops from which annealing is slower than the presence programs
 EXACT = 1e-6  # of the added time: what the whole units of the presence programs leave, so a bound this close is met
@@ -133,11 +133,13 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
     # A plan faster than the bound for the stored order has another order, and that bound says nothing about it.
     within = (fixed * (1 - 1e-9), fixed * (1 + CLOSE))
     if not within[0] <= search.best.time[0] <= (within[1] if free else fixed * (1 + WORTHWHILE)):
-        again = (HOT, *(WIDE,) * RESTARTS) if small else (HOT,)
-        search.beside(
-            lambda: search.rounds(start or stored, room, again, PATIENCE),
-            lambda: twin.rounds(start or stored, room, again, PATIENCE),
-        )
+        first, then = ((HOT, *(WIDE,) * RESTARTS), (WIDE,) * RESTARTS) if small else ((HOT,), ())
+
+        def both(one: Search) -> None:
+            one.rounds(start or stored, room, first, PATIENCE)
+            one.rounds(None, room, then, PATIENCE)
+
+        search.beside(lambda: both(search), lambda: both(twin))
         search.adopt(twin)
     polish = () if within[0] <= search.best.time[0] <= within[1] else (COLD,)
     goal, known = float(search.best.time[0]), search.fastest() or ordered
