@@ -105,13 +105,13 @@ def _dominance(judged: list[Verdict], models: dict[str, dict[str, Record]]) -> s
         done = sum(v.answer is not None for v in group)
         share = f" ({done / len(group):.0%})" if group else ""
         lines.append(f"- {label}: {done} of {len(group)} dominated{share}")
-    lowest = [_lowest_is_ours(points(rows)) for rows in models.values()]
-    lines.append(f"- lowest peak of all contenders is memplan's: {sum(lowest)} of {len(lowest)} models")
+    lowest = [_lowest_is_ours(measured) for measured in map(points, models.values()) if measured]
+    lines.append(f"- lowest peak of all contenders is memplan's: {sum(lowest)} of {len(lowest)} models that were timed")
     return "\n".join(lines)
 
 
 def _lowest_is_ours(measured: list[Point]) -> bool:
-    return bool(measured) and min(measured, key=lambda point: (point.peak, not point.ours)).ours
+    return min(measured, key=lambda point: (point.peak, not point.ours)).ours
 
 
 def _costs(models: dict[str, dict[str, Record]]) -> Iterator[tuple[str, str, str]]:
