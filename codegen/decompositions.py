@@ -16,13 +16,13 @@ aten = torch.ops.aten
 def cpu_decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's table with those ops replaced; what a replacement does not cover stays with the table."""
     table = torch_compat.inductor_decompositions()
-    return table | {target: _or(ours, table.get(target, target)) for target, ours in _OURS.items()}
+    return table | {target: _or(ours, table.get(target)) for target, ours in _OURS.items()}
 
 
-def _or(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+def _or(ours: Callable[..., Any], stock: Callable[..., Any] | None) -> Callable[..., Any]:
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         found = ours(*args, **kwargs)
-        return stock(*args, **kwargs) if found is NotImplemented else found
+        return stock(*args, **kwargs) if found is NotImplemented and stock is not None else found
 
     return decomposed
 
@@ -55,28 +55,29 @@ def _norm(
     One sum for all images and positions rounds the more the longer it is; torch's kernel avoids it with sums in double
     precision, except where channels lie innermost. Here no chain of sums is longer than a row, in either layout.
     """
-    if not training or x.dim() < 3:
+    if not training or not _has_rows(x):
         return NotImplemented
-    kind = torch.promote_types(x.dtype, torch.float32)
-    values = x.to(kind)
-    rows = values.mean(-1, keepdim=True)
-    spread = (values - rows).square().mean(-1, keepdim=True)
+    rows = x.mean(-1, keepdim=True)
+    spread = (x - rows).square().mean(-1, keepdim=True)
     mean = _overall(rows)
     variance = _overall(spread + (rows - mean).square())
-    mean, variance, scale = (t.to(kind) for t in (mean, variance, torch.rsqrt(variance + epsilon)))
-    result = (values - mean) * scale
+    mean, variance, scale = (t.to(x.dtype) for t in (mean, variance, torch.rsqrt(variance + epsilon)))
+    result = (x - mean) * scale
     if weight is not None:
         result = result * _a_channel(weight, x)
     if bias is not None:
         result = result + _a_channel(bias, x)
     mean, variance, scale = (t.flatten() for t in (mean, variance, scale))
     if running_mean is not None:
-        running_mean = torch.lerp(running_mean, mean.to(running_mean.dtype), momentum)
+        running_mean = torch.lerp(running_mean, mean, momentum)
     if running_var is not None:
         count = x.numel() // x.shape[1]
-        unbiased = variance * (count / max(1, count - 1))
-        running_var = torch.lerp(running_var, unbiased.to(running_var.dtype), momentum)
-    return result.to(x.dtype), mean, scale, running_mean, running_var
+        running_var = torch.lerp(running_var, variance * (count / max(1, count - 1)), momentum)
+    return result, mean, scale, running_mean, running_var
+
+
+def _has_rows(x: Tensor) -> bool:
+    return x.dim() > 2 and x.dtype in (torch.float32, torch.float64)
 
 
 def _overall(rows: Tensor) -> Tensor:
@@ -106,19 +107,15 @@ def _norm_backward(
     wanted: list[bool],
 ) -> Any:
     """The gradients of that; what they sum up is summed by rows, too."""
-    if not training or mean is None or scale is None or x.dim() < 3:
+    if not training or mean is None or scale is None or not _has_rows(x):
         return NotImplemented
-    kind = torch.promote_types(x.dtype, torch.float32)
-    upstream, mean, scale = gradient.to(kind), _a_channel(mean, x), _a_channel(scale, x)
-    normal = (x.to(kind) - mean) * scale
+    mean, scale = _a_channel(mean, x), _a_channel(scale, x)
+    normal = (x - mean) * scale
     count = x.numel() // x.shape[1]
-    total, along = (_overall(t.mean(-1, keepdim=True)).to(kind) for t in (upstream, upstream * normal))
+    total, along = (_overall(t.mean(-1, keepdim=True)).to(x.dtype) for t in (gradient, gradient * normal))
     factor = scale if weight is None else scale * _a_channel(weight, x)
-    first = ((upstream - total - normal * along) * factor).to(x.dtype) if wanted[0] else None
-    second, third = (
-        (t.flatten() * count).to(kind if weight is None else weight.dtype) if want else None
-        for t, want in zip((along, total), wanted[1:], strict=True)
-    )
+    first = (gradient - total - normal * along) * factor if wanted[0] else None
+    second, third = (t.flatten() * count if want else None for t, want in zip((along, total), wanted[1:], strict=True))
     return first, second, third
 
 

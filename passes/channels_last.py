@@ -19,8 +19,9 @@ class ChannelsLast:
 
     A CPU's convolutions then read and write without turning images into blocks and back; norms, activations and sums keep
     the layout of what they read, so that one copy at the first convolution is all that is added. Kernels of another
-    layout add up in another order: equal to rounding. What the caller gets keeps its strides. Left alone: graphs where
-    another layout makes a copy of what was a view and is written to, or makes a view impossible.
+    layout add up in another order: equal to rounding, where the norms between are regions (``codegen/decompositions.py``).
+    What the caller gets keeps its strides. Left alone: other devices, and graphs where another layout makes a copy of what
+    was a view and is written to, or makes a view impossible.
     """
 
     name: ClassVar[str] = "channels-last"
