@@ -161,7 +161,7 @@ def test_a_frontier_has_no_point_twice(entry, capsys):
 
 @pytest.mark.parametrize(("command", "status"), [("plan", 0), ("frontier", 2)])
 def test_ctrl_c_ends_a_search_with_its_best_plan_and_a_frontier_without_an_answer(
-    entry, tmp_path, monkeypatch, capsys, command, status
+    entry, tmp_path, monkeypatch, capsys, request, command, status
 ):
     """As a terminal sends it, at the first word of a solver: the search for a plan ends, a frontier ends altogether."""
 
@@ -171,6 +171,8 @@ def test_ctrl_c_ends_a_search_with_its_best_plan_and_a_frontier_without_an_answe
         told(self, text)
 
     monkeypatch.setattr(recompute_search.Search, "say", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process begins without it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     given = ["--memory-budget", "75%"] if command == "plan" else []
     assert run([command, entry, *given, "-o", "answer.json"]) == status
     captured = capsys.readouterr()
