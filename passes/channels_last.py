@@ -73,25 +73,15 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-class _Recorder(fx.Interpreter):
-    """Remembers what every node evaluates to."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-
-    def values(self, given: list[Tensor]) -> Mapping[fx.Node, Any]:
-        self.run(*given)
-        return dict(self.env)
-
-
 def _values(module: fx.GraphModule, given: list[Tensor]) -> Mapping[fx.Node, Any]:
-    """Of every node, over fake arguments of its own. RuntimeError or ValueError where an op
-    refuses its operands' layout."""
+    """Of every node, over fake arguments of its own. RuntimeError or ValueError where an op refuses its operands' layout."""
     fakes = torch_compat.fakes_like(given)
     mode = torch_compat.detect_fake_mode(fakes)
     assert mode is not None
     with torch.no_grad(), mode:
-        return _Recorder(module).values(fakes)
+        recorder = fx.Interpreter(module, garbage_collect_values=False)
+        recorder.run(*fakes)
+    return dict(recorder.env)
 
 
 def _is_kept(node: fx.Node, twin: fx.Node, before: Mapping[fx.Node, Any], after: Mapping[fx.Node, Any]) -> bool:
