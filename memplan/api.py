@@ -107,7 +107,7 @@ def analyze(
             raise
         refused, graphs = error, trace(settings.without_budget())
     main = _largest(graphs)
-    before = realise(main.built, stored_plan(main.problem), settings).lowered.program
+    before = realise(main.built.as_eager, stored_plan(main.built.as_eager.problem), settings).lowered.program
     step = _Step(before, update, update.trained(main) if update else ())
     if memory_budget is not None:
         step.check(memory_budget, refused)
@@ -326,7 +326,7 @@ def _frontier(
     budget whose plan is no faster than that of a smaller one makes no point."""
     if points < 2:
         return ()
-    problem, highest = main.problem, stored_plan(main.problem)
+    problem, highest = main.problem, stored_plan(main.built.as_eager.problem)
     # Below what the update holds no plan of forward and backward lowers the step's peak.
     plans = plan_frontier(main, options, points, step.update_peak - step.state, progress)
     found: list[FrontierPoint] = []

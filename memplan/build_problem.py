@@ -7,8 +7,8 @@ on sizes) costs nothing and is emitted again beside each reader; it never appear
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -17,6 +17,7 @@ from torch import fx
 
 from memplan import torch_compat
 from memplan.capture import (
+    EAGER,
     Capture,
     Input,
     input_nodes,
@@ -69,6 +70,15 @@ class BuiltProblem:
         tuple[fx.Node, ...], ...
     ]  # per op: the kernel's node, then its getitems; tangent placeholders for TANGENTS
     buffer_of: dict[fx.Node, tuple[int, ...]]  # the buffers behind each node's tensors
+    eager: Mapping[int, int] = field(default_factory=dict)  # bytes that eager keeps in place of some buffers
+
+    @cached_property
+    def as_eager(self) -> BuiltProblem:
+        """The step as it runs without memplan: on a CPU dropout keeps its mask as numbers, not as a byte an element."""
+        buffers = tuple(
+            replace(buffer, size=self.eager.get(b, buffer.size)) for b, buffer in enumerate(self.problem.buffers)
+        )
+        return replace(self, problem=replace(self.problem, buffers=buffers)) if self.eager else self
 
     @cached_property
     def op_of(self) -> dict[fx.Node, int]:
@@ -128,7 +138,13 @@ class _Builder:
         for node, buffers in self.buffer_of.items():
             if buffers:
                 node.meta[BUFFER] = buffers[0]
-        return BuiltProblem(self.capture, problem, tuple(self.nodes), self.buffer_of)
+        eager = {
+            b: self._bytes(node.meta[EAGER], dense=False)
+            for node in ordered
+            if node.target is draw and EAGER in node.meta
+            for b in self.buffer_of[node]
+        }
+        return BuiltProblem(self.capture, problem, tuple(self.nodes), self.buffer_of, eager)
 
     def _inputs(self) -> None:
         primals = [n for n in self.capture.placeholders if not is_tangent(n)]

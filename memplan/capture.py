@@ -18,6 +18,8 @@ from torch import fx
 from memplan.errors import UnsupportedError
 from memplan.problem import Category
 
+EAGER = "memplan_eager"  # node meta: a fake tensor of what eager keeps in place of the node's value
+
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 
 

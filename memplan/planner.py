@@ -77,7 +77,7 @@ def plan_capture(
     trace.data("problem", problem)
     limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
     seek = _Seek(built, options, limits, {} if solved is None else solved)
-    budget = options.budget(seek.stored.peak + elsewhere.held)
+    budget = options.budget(seek.unplanned + elsewhere.held)
     wanted = None if budget is None else budget - elsewhere.held
     planned = seek.plan(wanted)
     trace.data("solved", planned.plan)
@@ -129,7 +129,7 @@ def plan_frontier(
     limits = Limits(options.solver_work, options.solver_time_limit_s, options.solver_seed, progress)
     options = replace(options, memory_budget=None)
     seek = _Seek(main.built, options, limits, {})
-    highest = seek.stored.peak
+    highest = seek.unplanned
     if floor >= highest:
         return []
     lowest = max(floor, finished(seek.least(), options, Fuse(None, options.lowering)).timeline.peak)
@@ -149,6 +149,7 @@ class _Seek:
     def __init__(self, built: BuiltProblem, options: Options, limits: Limits, solved: Solved) -> None:
         self.built, self.options, self.limits, self.solved = built, options, limits, solved
         self.stored = stored_plan(built.problem)
+        self.unplanned = stored_plan(built.as_eager.problem).peak  # bytes that the step takes without memplan
         self.attempts = _ATTEMPTS if len(built.problem.ops) <= _QUICKLY_SOLVED else 1
 
     def plan(self, budget: int | None) -> Planned:
@@ -203,7 +204,7 @@ class _Seek:
             validate(asked, plan)
         if overlays:
             plan = replace(plan, budget=None, peak=check_sequence(problem, plan.sequence)[0])
-        peak, time = self.stored.peak, self.stored.time
+        peak, time = self.unplanned, self.stored.time
         planned = realise(self.built, replace(plan, unplanned_peak=peak, unplanned_time=time), options)
         # A copy that the forward could already bring back comes with the backward: the peak may then lie below the plan's.
         found, stated = planned.timeline.peak, planned.plan.peak

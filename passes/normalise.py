@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from memplan import torch_compat
-from memplan.capture import is_random
+from memplan.capture import EAGER, is_random
 from memplan.runtime.random import draw, dropout_mask, rng_state
 
 aten = torch.ops.aten
@@ -59,8 +59,14 @@ def _split_dropout(graph: fx.Graph, node: fx.Node) -> bool:
         masked, kept = node.meta["val"]
         size, stride = list(masked.shape), list(masked.stride())
         mask = _call(graph, node, dropout_mask, (size, stride, 1.0 - p, value.device), kept)
+        mask.meta[EAGER] = masked  # numbers to multiply with, of the operand's type
         out = _call(
-            graph, node, aten.native_dropout_backward.default, (source, mask, 1.0 / (1.0 - p) if p < 1 else 0.0), masked
+            graph,
+            node,
+            aten.native_dropout_backward.default,
+            (source, mask, 1.0 / (1.0 - p) if p < 1 else 0.0),
+            masked,
+            name="dropout",
         )
     for user in list(node.users):
         user.replace_all_uses_with(out if user.args[1] == 0 else mask)
@@ -186,7 +192,8 @@ def _with_state(graph: fx.Graph, node: fx.Node) -> bool:
         value = torch.empty(torch_compat.rng_state_bytes(device.type), dtype=torch.uint8)
     with graph.inserting_before(node):
         state = _call(graph, node, rng_state, (label,), value)
-        drawn = _call(graph, node, draw, (state, label, node.target, *node.args), node.meta["val"])
+        drawn_by = cast(torch._ops.OpOverload, node.target)._schema.name.partition("::")[2]
+        drawn = _call(graph, node, draw, (state, label, node.target, *node.args), node.meta["val"], name=drawn_by)
     drawn.kwargs = node.kwargs
     node.replace_all_uses_with(drawn)
     graph.erase_node(node)
@@ -198,8 +205,10 @@ def _values(node: fx.Node) -> list[torch.Tensor]:
     return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
 
 
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
-    """A call that stands where ``like`` stood, with its place in the user's source."""
-    new = graph.call_function(target, args)
+def _call(
+    graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], value: Any, name: str | None = None
+) -> fx.Node:
+    """A call that stands where ``like`` stood, with its place in the user's source; ``name``: what reports call it."""
+    new = graph.create_node("call_function", target, args, name=name)
     new.meta = copy.copy(like.meta) | {"val": value}
     return new

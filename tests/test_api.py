@@ -16,6 +16,7 @@ from memplan.options import Options
 from memplan.program import Program
 from memplan.realise import realise
 from memplan.solving import stored_plan
+from tests.peak import peak_above
 
 
 class Net(nn.Module):
@@ -104,3 +105,19 @@ def test_of_a_compiled_model_the_model_inside_is_analysed():
 def test_lazy_layers_are_told_what_they_lack():
     with pytest.raises(InputError, match="lazy layers"):
         api.analyze(nn.LazyLinear(8), args=(torch.randn(4, 4),))
+
+
+def test_dropout_is_predicted_as_eager_runs_it():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Dropout(0.1), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Linear(256, 1), nn.Flatten(0), nn.Softmax(0)), torch.randn(2048, 256)
+
+    def step() -> None:
+        model(x).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    held = x.nbytes + sum(p.nbytes for p in model.parameters())
+    analysis = api.analyze(model, (x,))
+    assert analysis.peak_bytes == pytest.approx(held + peak_above(step), rel=0.02)
+    # A share of the peak is a share of this one.
+    assert api.plan(model, (x,), memory_budget="60%").budget == pytest.approx(0.6 * analysis.peak_bytes, rel=0.01)
