@@ -18,6 +18,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 _SOURCE = Path(__file__).with_name("peak_interposer.c")
+KEPT_FROM = 1 << 20  # bytes; smaller blocks are no part of what Meter.tensors counts, as the source has it
 
 
 def interposer() -> Path:
@@ -69,7 +70,7 @@ class Meter:
         return self._live()
 
     def tensors(self) -> int:
-        """Bytes held now in blocks of at least 1 MiB from PyTorch's allocator, garbage collected first."""
+        """Bytes held now in blocks of at least KEPT_FROM from PyTorch's allocator, garbage collected first."""
         gc.collect()
         return self._tensors()
 
