@@ -24,7 +24,7 @@ from memplan.validate import check_sequence
 
 # The rounds of a solve: share of the moves, temperature at start and end in multiples of an op's mean time. The hot
 # one forgets most of its start; the cold one keeps the order of its start and removes what is not needed.
-HOT, COLD = (0.4, 0.5, 0.01), (0.4, 0.1, 0.005)
+HOT, COLD = (0.2, 0.5, 0.01), (0.2, 0.1, 0.005)
 # Restarts on each of two cores where a gap is left, from the start and then from the best: ends of equal rounds differ
 # much, so many short ones find more than a long one, and a hot round from a good sequence ends better than from any other.
 WIDE, RESTARTS = (0.1, 1.0, 0.01), 4
@@ -138,13 +138,15 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
         def both(one: Search) -> None:
             one.rounds(start or stored, room, first, PATIENCE)
             one.rounds(None, room, then, PATIENCE)
+            one.rounds(None, room, (COLD,), 1)
 
+        twin.adopt(search)
         search.beside(lambda: both(search), lambda: both(twin))
         search.adopt(twin)
     polish = () if within[0] <= search.best.time[0] <= within[1] else (COLD,)
-    goal, known = float(search.best.time[0]), search.fastest() or ordered
+    goal = float(search.best.time[0])
     loose = search.beside(
-        lambda: search.rounds(known, room, polish, 1),
+        lambda: search.rounds(None, room, polish, 1),
         lambda: any_order_bound(problem, budget, goal, search.deadline, BOUNDING * work),
     )
     search.say(f"no plan in any order is faster than {loose:.6g}")
