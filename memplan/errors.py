@@ -62,7 +62,7 @@ class BudgetInfeasibleError(MemplanError):
         below = f"below {format_bytes(self.bound)} can exist for this graph."
         if self.smallest is None:
             return refused, f"None {below}"
-        found = f"{format_bytes(self.smallest)} ({self.smallest} bytes)"
+        found = f"{format_bytes(self.smallest, up=True)} ({self.smallest} bytes)"
         return refused, f"The smallest feasible budget found is {found}; none {below}"
 
     def _message(self) -> str:

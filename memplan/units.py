@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from memplan.errors import OptionError
@@ -46,11 +47,11 @@ def parse_rate(text: str) -> float:
     return float(rate)
 
 
-def format_bytes(size: int) -> str:
-    """1536 → '1.5 KiB'; for people only."""
+def format_bytes(size: int, up: bool = False) -> str:
+    """1536 → '1.5 KiB'; for people only. ``up``: never less than ``size``, so that it will do as a budget."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
-            return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+            return f"{size} B" if unit == "B" else f"{math.ceil(10 * value) / 10 if up else value:.1f} {unit}"
         value /= 1024
-    return f"{value:.2f} TiB"
+    return f"{math.ceil(100 * value) / 100 if up else value:.2f} TiB"

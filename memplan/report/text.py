@@ -137,8 +137,8 @@ def frontier_table(points: tuple[FrontierPoint, ...], unplanned_peak: int, unpla
         table.add_column(column, justify="left" if column == "status" else "right")
     for p in points:
         table.add_row(
-            format_bytes(p.budget),
-            format_bytes(p.peak),
+            format_bytes(p.budget, up=True),
+            format_bytes(p.peak, up=True),
             share(p.peak, unplanned_peak),
             format_time(p.time),
             share(p.time - unplanned_time, unplanned_time),

@@ -79,7 +79,9 @@ def outlook(analysis: Analysis) -> tuple[str, ...]:
             continue  # a plan has been chosen, or a table shows the whole range
         least = " (the smallest found)" if smallest else ""
         doing = f": {_summary(point.decisions)}" if point.decisions else ""
-        said.append(f"Peak {format_bytes(point.peak)}{least} for {share(point.time - whole, whole)} more time{doing}.")
+        said.append(
+            f"Peak {format_bytes(point.peak, up=True)}{least} for {share(point.time - whole, whole)} more time{doing}."
+        )
     held = analysis.breakdown
     program, at = analysis.program, analysis.peak_step
     if program.steps and program.steps[at].phase == Phase.OPTIMIZER and held.get("temporary"):

@@ -10,12 +10,13 @@
   const byId = (id) => document.getElementById(id);
   const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  function bytes(n) {
+  // ``up``: never less than n, so that it will do as a budget.
+  function bytes(n, up = false) {
     for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-      if (Math.abs(n) < 1024) return unit === "B" ? `${n} B` : `${n.toFixed(1)} ${unit}`;
+      if (Math.abs(n) < 1024) return unit === "B" ? `${n} B` : `${(up ? Math.ceil(10 * n) / 10 : n).toFixed(1)} ${unit}`;
       n /= 1024;
     }
-    return `${n.toFixed(2)} TiB`;
+    return `${(up ? Math.ceil(100 * n) / 100 : n).toFixed(2)} TiB`;
   }
 
   function signed(share) {
@@ -29,7 +30,7 @@
     while ((max - min) / step > 6) step *= 2;
     const ticks = [];
     for (let v = Math.ceil(min / step) * step; v <= max; v += step) ticks.push(v);
-    return { tickvals: ticks, ticktext: ticks.map(bytes), range: [min, max], gridcolor: ink("--line"), zeroline: false, fixedrange: true };
+    return { tickvals: ticks, ticktext: ticks.map((v) => bytes(v)), range: [min, max], gridcolor: ink("--line"), zeroline: false, fixedrange: true };
   }
 
   // ``named``: entries of the legend, which stands below the chart, two a line on a phone.
@@ -76,16 +77,16 @@
     const label = drawn(steps.label, steps.label[steps.label.length - 1]);
     const traces = data.categories.filter((c) => steps.bytes[c.name]).map((c) => {
       const y = steps.bytes[c.name];
-      return { type: "scatter", mode: "lines", name: c.name, stackgroup: "held", x, y: drawn(y, y[y.length - 1]), customdata: drawn(y.map(bytes), bytes(y[y.length - 1])),
+      return { type: "scatter", mode: "lines", name: c.name, stackgroup: "held", x, y: drawn(y, y[y.length - 1]), customdata: drawn(y.map((v) => bytes(v)), bytes(y[y.length - 1])),
         line: { width: 0.5, color: c.color, shape: "hv" }, fillcolor: c.color, hovertemplate: "%{customdata}" };
     });
     const total = steps.total;
-    traces.push({ type: "scatter", mode: "lines", name: "total", x, y: drawn(total, total[total.length - 1]), text: label, customdata: drawn(total.map(bytes), bytes(total[total.length - 1] || 0)),
+    traces.push({ type: "scatter", mode: "lines", name: "total", x, y: drawn(total, total[total.length - 1]), text: label, customdata: drawn(total.map((v) => bytes(v)), bytes(total[total.length - 1] || 0)),
       line: { width: 1, color: ink("--ink"), shape: "hv" }, showlegend: false, hovertemplate: "<b>%{customdata}</b><br>%{text}" });
     if (data.unplanned) {
       const other = data.unplanned;
       traces.push({ type: "scatter", mode: "lines", name: "without a plan", x: drawn(xs(other), endOf(other)), y: drawn(other.total, other.total[other.total.length - 1]),
-        customdata: drawn(other.total.map(bytes), ""), line: { width: 2, color: ink("--ink"), dash: "dash", shape: "hv" }, hovertemplate: "%{customdata}" });
+        customdata: drawn(other.total.map((v) => bytes(v)), ""), line: { width: 2, color: ink("--ink"), dash: "dash", shape: "hv" }, hovertemplate: "%{customdata}" });
     }
     const { shapes, annotations } = phaseBands();
     if (data.budget) {
@@ -167,7 +168,7 @@
 
   function drawModules() {
     const m = data.modules;
-    Plotly.react("modules", [{ type: "icicle", ids: m.path, labels: m.name, parents: m.parent, values: m.total, branchvalues: "total", customdata: m.total.map(bytes), tiling: { orientation: narrow.matches ? "v" : "h" },
+    Plotly.react("modules", [{ type: "icicle", ids: m.path, labels: m.name, parents: m.parent, values: m.total, branchvalues: "total", customdata: m.total.map((v) => bytes(v)), tiling: { orientation: narrow.matches ? "v" : "h" },
       texttemplate: "%{label} %{customdata}", hovertemplate: "<b>%{id}</b><br>%{customdata}, %{percentRoot} of the peak<extra></extra>", sort: false, maxdepth: narrow.matches ? 3 : 5, textfont: { color: ink("--ink") },
       marker: { colorscale: dark.matches ? [[0, "#1d3550"], [1, "#2f6ca8"]] : [[0, "#dbe9f7"], [1, "#6ba3d6"]], colors: m.total, line: { color: ink("--ground"), width: 1 } } }],
       layout(0, { margin: { l: 4, r: 4, t: 4, b: 4 }, uniformtext: { minsize: 11, mode: "hide" } }), withButtons("toImage"));
@@ -179,7 +180,7 @@
     if (!byId("frontier")) return;
     const f = data.frontier, chosen = Number(byId("budget").value), lowest = f.peak.indexOf(Math.min(...f.peak));
     const more = f.time.map((t) => (data.base_time ? 100 * (t / data.base_time - 1) : 0));
-    const hover = f.peak.map((p, i) => `budget ${bytes(f.budget[i])}<br>peak ${bytes(p)}<br>${signed(more[i])} % time<br>${f.status[i]}`);
+    const hover = f.peak.map((p, i) => `budget ${bytes(f.budget[i], true)}<br>peak ${bytes(p, true)}<br>${signed(more[i])} % time<br>${f.status[i]}`);
     const marked = { type: "scatter", mode: "markers", hoverinfo: "skip" };
     Plotly.react("frontier", [
       { type: "scatter", mode: "lines+markers", name: "plans", x: f.peak, y: more, text: hover, hovertemplate: "%{text}<extra></extra>", line: { color: ink("--accent"), width: 2 }, marker: { size: 8 } },
