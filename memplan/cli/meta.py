@@ -11,7 +11,8 @@ _MOVES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
 class StayOnMeta(TorchFunctionMode):
-    """Tensors without data ignore moves to a device (``model.cuda()``); changes of dtype are made."""
+    """Tensors without data ignore moves to a device (``model.cuda()``); changes of dtype are made. What is made on a
+    device other than the CPU, which may not be here, is made without data."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -20,6 +21,8 @@ class StayOnMeta(TorchFunctionMode):
                 return args[0]
             kwargs.pop("device", None)
             args = (args[0], *(_without_device(a) for a in args[1:]))
+        elif kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "cpu":
+            kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 

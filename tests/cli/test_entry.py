@@ -30,6 +30,8 @@ def tied():
     model[1].weight = model[0].weight
     return model.to(torch.bfloat16), ((3,), )
 def moved(): return nn.Linear(4, 8).to("cpu"), torch.zeros(2, 4, device="cpu")
+def elsewhere():
+    return nn.Linear(4, 8, device="cuda:1").cuda(), torch.zeros(2, 4, device=torch.device("cuda"))
 def valued():
     return nn.Dropout(torch.linspace(0, 1, 3)[1].item()), torch.zeros(2, 4)
 def wrong(): return 3
@@ -48,7 +50,21 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["both", "single", "keywords", "shape", "shapes", "typed", "pair", "moved", "tied", "valued", "Space.build"]
+    "name",
+    [
+        "both",
+        "single",
+        "keywords",
+        "shape",
+        "shapes",
+        "typed",
+        "pair",
+        "moved",
+        "tied",
+        "elsewhere",
+        "valued",
+        "Space.build",
+    ],
 )
 def test_every_form_gives_a_model_with_inputs(place, name):
     loaded = load_entry(f"{place}:{name}")
