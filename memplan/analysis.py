@@ -104,8 +104,10 @@ class Analysis:
         frontier: tuple[FrontierPoint, ...] = (),
         notes: tuple[str, ...] = (),
         measured: tuple[tuple[float, int], ...] = (),
+        threads: int | None = None,
     ) -> Analysis:
-        """The analysis of a Program, stamped with the versions of this environment.
+        """The analysis of a Program, stamped with the versions of this environment; ``threads``: those that compute the
+        step, where it is a CPU that does, and times and workspaces depend on them.
 
         Source files are named relative to the working directory or to the site-packages they lie in, so that analyses
         made in two checkouts compare, and reports can link to the repository.
@@ -114,7 +116,8 @@ class Analysis:
         before = _with_relative_sources(unplanned) if unplanned else None
         decided = _relative_decisions(decisions)
         points = tuple(replace(point, decisions=_relative_decisions(point.decisions)) for point in frontier)
-        return cls(planned, plan, before, name, target, environment(), decided, points, notes, measured)
+        versions = environment() | ({} if threads is None else {"threads": str(threads)})
+        return cls(planned, plan, before, name, target, versions, decided, points, notes, measured)
 
     # What is held
 

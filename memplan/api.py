@@ -31,7 +31,7 @@ from memplan.planner import plan_frontier
 from memplan.plans import Plan
 from memplan.problem import Category
 from memplan.program import Program
-from memplan.realise import Planned, realise
+from memplan.realise import Planned, unplanned
 from memplan.simulate import simulate
 from memplan.solving import stored_plan
 from memplan.units import parse_budget
@@ -107,8 +107,7 @@ def analyze(
             raise
         refused, graphs = error, trace(settings.without_budget())
     main = _largest(graphs)
-    before = realise(main.built.as_eager, stored_plan(main.built.as_eager.problem), settings).lowered.program
-    step = _Step(before, update, update.trained(main) if update else ())
+    step = _Step(unplanned(main.built, settings), update, update.trained(main) if update else ())
     if memory_budget is not None:
         step.check(memory_budget, refused)
     notes = (
@@ -129,6 +128,7 @@ def analyze(
         decisions=decisions_of(main.problem, main.plan) if memory_budget is not None else (),
         frontier=_frontier(main, frontier_points, settings, step, progress),
         notes=notes,
+        threads=torch.get_num_threads() if profile.kind == "cpu" else None,
     )
 
 

@@ -15,9 +15,10 @@ from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout
 from memplan.plans import Plan
 from memplan.problem import Problem
-from memplan.program import StepKind
+from memplan.program import Program, StepKind
 from memplan.runtime.tiers import Store
 from memplan.simulate import Timeline, simulate
+from memplan.solving import stored_plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def realise(built: BuiltProblem, plan: Plan, options: Options) -> Planned:
         scheduled = offload.apply(built, scheduled)
     lowered = lower(scheduled.graph_module, built.problem, scheduled.forward_nodes)
     return Planned(built, plan, scheduled, lowered, simulate(lowered.program))
+
+
+def unplanned(built: BuiltProblem, options: Options) -> Program:
+    """The Program of the step as it runs without memplan."""
+    eager = built.as_eager
+    return realise(eager, stored_plan(eager.problem), options).lowered.program
 
 
 def finished(planned: Planned, options: Options, fuse: Fuse) -> Planned:

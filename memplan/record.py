@@ -12,8 +12,7 @@ from memplan.backend import recent_plans
 from memplan.decisions import decisions_of
 from memplan.errors import InputError
 from memplan.options import Options
-from memplan.realise import Planned, realise
-from memplan.solving import stored_plan
+from memplan.realise import Planned, unplanned
 
 
 def record(step: Callable[[], object], planned: Planned | None = None) -> Analysis:
@@ -28,11 +27,11 @@ def record(step: Callable[[], object], planned: Planned | None = None) -> Analys
     planned = planned or plans[-1]
     program = planned.lowered.program
     resident = sum(program.storages[s].size for s in program.resident)
-    before = None if planned.problem.homed else realise(planned.built, stored_plan(planned.problem), Options())
+    before = None if planned.problem.homed else unplanned(planned.built, Options())
     return Analysis.of(
         program,
         planned.plan,
-        before.lowered.program if before else None,
+        before,
         name="recorded step",
         decisions=decisions_of(planned.problem, planned.plan),
         measured=_held(step, resident, planned.built.capture.device_type),

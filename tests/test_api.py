@@ -119,5 +119,6 @@ def test_dropout_is_predicted_as_eager_runs_it():
     held = x.nbytes + sum(p.nbytes for p in model.parameters())
     analysis = api.analyze(model, (x,))
     assert analysis.peak_bytes == pytest.approx(held + peak_above(step), rel=0.02)
+    assert analysis.versions["threads"] == str(torch.get_num_threads())  # on a CPU times depend on them
     # A share of the peak is a share of this one.
     assert api.plan(model, (x,), memory_budget="60%").budget == pytest.approx(0.6 * analysis.peak_bytes, rel=0.01)
