@@ -193,7 +193,8 @@ class Step:
         for one in trained:
             if args[one.primal] is not one.tensor:
                 raise InputError(f"parameter {one.name} is another tensor now; compile the step anew")
-            state = states[one.tensor]
+            # torch.optim makes no entry for a parameter whose update keeps nothing; ``states`` is a defaultdict.
+            state = states[one.tensor] if one.update.states else {}
             scalars = one.update.begin(one.tensor, groups[one.group], state)
             shelf.send_home(one, state)
             args += [rows_of(state[name], *span) for span in one.spans for name in one.update.states]
@@ -205,7 +206,8 @@ class Step:
             error.add_note("The training step ended in its middle: some parameters may be updated and others not.")
             raise
         for one in trained:
-            one.update.end(states[one.tensor])
+            if one.update.states:
+                one.update.end(states[one.tensor])
         self.gradient_norm = norm[0] if norm else None
         torch_compat.count_step(self._optimizer)
         return loss

@@ -60,6 +60,19 @@ def test_state_dict_goes_both_ways() -> None:
     assert [s["step"].item() for s in a.state.values()] == [6.0] * len(a.state)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_dict_has_what_torch_optim_would_save(name: str) -> None:
+    ours, theirs = network(), network()
+    a, b = OPTIMIZERS[name](ours.parameters()), OPTIMIZERS[name](theirs.parameters())
+    step = compiled(ours, a)
+    for losses in ((step(x, y) for x, y in batches(2)), eager(theirs, b, batches(2))):
+        torch.manual_seed(3)
+        list(losses)
+    got, want = a.state_dict(), b.state_dict()
+    assert got["param_groups"] == want["param_groups"]
+    torch.testing.assert_close(got["state"], want["state"], rtol=0, atol=0)
+
+
 def test_groups_frozen_and_unused_parameters() -> None:
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = network()
