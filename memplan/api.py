@@ -326,7 +326,7 @@ def _frontier(
     budget whose plan is no faster than that of a smaller one makes no point."""
     if points < 2:
         return ()
-    problem, highest = main.problem, stored_plan(main.built.as_eager.problem)
+    problem, highest = main.problem, stored_plan(main.problem)
     # Below what the update holds no plan of forward and backward lowers the step's peak.
     plans = plan_frontier(main, options, points, step.update_peak - step.state, progress)
     found: list[FrontierPoint] = []

@@ -28,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 class Options:
     """One field an option; ``None`` means: not limited, or decided by the device."""
 
-    memory_budget: int | str | None = None  # bytes, "24GiB", or "60%" of the unplanned peak
+    memory_budget: int | str | None = None  # bytes, "24GiB", or "60%" of the peak without a budget
     objective: str = "time"  # "time": least slowdown under the budget; "peak": smallest peak
     reserved: int | str = 0  # bytes the caller holds outside the compiled region
     target: str | None = None  # device profile; None: the device of the inputs
