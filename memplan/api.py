@@ -23,6 +23,7 @@ from memplan.capture import is_tangent
 from memplan.cost.analytic import AnalyticCost
 from memplan.decisions import decisions_of
 from memplan.devices import DeviceProfile, profile_for
+from memplan.eager import Made, forward_lifetimes, held_by_names
 from memplan.errors import BudgetInfeasibleError, InputError, MemplanError
 from memplan.optimizers import Optimizer, Trained, with_update
 from memplan.options import Options
@@ -107,7 +108,11 @@ def analyze(
             raise
         refused, graphs = error, trace(settings.without_budget())
     main = _largest(graphs)
-    step = _Step(unplanned(main.built, settings), update, update.trained(main) if update else ())
+    eager = unplanned(main.built, settings)
+    # A backward begins when the forward's code has returned and its names are gone: the peak of training knows none.
+    whole_forward = not training and len(graphs) == 1
+    before = held_by_names(eager, _forward_lifetimes(model, args, kwargs or {})) if whole_forward else eager.program
+    step = _Step(before, update, update.trained(main) if update else ())
     if memory_budget is not None:
         step.check(memory_budget, refused)
     notes = (
@@ -280,6 +285,15 @@ def _trace(
             "TORCH_LOGS=graph_breaks shows where it gave up"
         )
     return planned
+
+
+def _forward_lifetimes(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Made]:
+    """Of the tensors that the model's own forward makes when nothing compiles it."""
+    model = torch_compat.uncompiled(model)
+    mode = torch_compat.fake_mode_of([*model.parameters(), *model.buffers()])
+    fake = _fake(model, args, kwargs, mode)
+    with mode:
+        return forward_lifetimes(lambda: fake.model(*fake.args, **fake.kwargs))
 
 
 def _forward_failure(error: Exception) -> str:

@@ -15,7 +15,7 @@ from memplan.passes.schedule import Schedule, Scheduled
 from memplan.place import Layout
 from memplan.plans import Plan
 from memplan.problem import Problem
-from memplan.program import Program, StepKind
+from memplan.program import StepKind
 from memplan.runtime.tiers import Store
 from memplan.simulate import Timeline, simulate
 from memplan.solving import stored_plan
@@ -67,10 +67,10 @@ def realise(built: BuiltProblem, plan: Plan, options: Options) -> Planned:
     return Planned(built, plan, scheduled, lowered, simulate(lowered.program))
 
 
-def unplanned(built: BuiltProblem, options: Options) -> Program:
-    """The Program of the step as it runs without memplan."""
+def unplanned(built: BuiltProblem, options: Options) -> Lowered:
+    """The step as it runs without memplan."""
     eager = built.as_eager
-    return realise(eager, stored_plan(eager.problem), options).lowered.program
+    return realise(eager, stored_plan(eager.problem), options).lowered
 
 
 def finished(planned: Planned, options: Options, fuse: Fuse) -> Planned:

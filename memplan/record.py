@@ -27,7 +27,7 @@ def record(step: Callable[[], object], planned: Planned | None = None) -> Analys
     planned = planned or plans[-1]
     program = planned.lowered.program
     resident = sum(program.storages[s].size for s in program.resident)
-    before = None if planned.problem.homed else unplanned(planned.built, Options())
+    before = None if planned.problem.homed else unplanned(planned.built, Options()).program
     return Analysis.of(
         program,
         planned.plan,
