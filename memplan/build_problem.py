@@ -42,6 +42,10 @@ TANGENTS = "tangents"  # name of the op at which the caller hands the output's g
 # glibc maps blocks from this size on by whole pages: without the page that costs, one measured budget of twelve was
 # exceeded, by 18,928 bytes of 227 MB.
 _MAPPED, _PAGE = 128 << 10, 4096
+# What stands for a tensor beside its numbers on a CPU: 200 bytes were measured in a forward, twice as many for a saved
+# value. A page covers them; without them a small T5 exceeded its smallest budget by 10,040 bytes of 7 MB. Scalars go
+# without: they are few, and the arena knows them by their size.
+_OBJECTS = 512
 
 # Operands that do not influence the outputs a recomputation is read for: running statistics of a batch norm in training
 # only feed the new statistics, whose one reader (the copy back) has run by then.
@@ -261,6 +265,8 @@ class _Builder:
                 size = self._bytes(tensor, dense=is_tangent(node))
                 if node.target in _STORAGE_CLONES:
                     size = max(size, self._bytes(cast(fx.Node, node.args[0]).meta["val"], dense=False))
+                if known is not self.given and tensor.device.type == "cpu" and self.granularity < size < _MAPPED:
+                    size += _OBJECTS
                 seen[key] = len(self.buffers)
                 self.buffers.append(Buffer(label, size, category, module or module_path(node), source_line(node)))
         if known is self.given:

@@ -211,7 +211,7 @@ def test_forward_without_backward(wanted: list[list[torch.Tensor]], net: Net, of
         run(inputs())
     store = recent_plans()[-1].stores["disk"]
     gc.collect()
-    assert becomes_idle(store.space) and store.file(0).size == store.space.height
+    assert becomes_idle(store.space) and 0 < store.file(0).size <= store.space.height
     assert_same(step(run, net, 1), wanted[1])
 
 
