@@ -42,7 +42,7 @@ class Model:
     bf16: bool = False
 
     def __str__(self) -> str:
-        return self.name + "+dropout" * self.dropout + "+bf16" * self.bf16 + "-small" * (self.size == "small")
+        return self.name + "+dropout" * self.dropout + "+bf16" * self.bf16 + f"-{self.size}" * (self.size != "bench")
 
     @property
     def reference(self) -> Path:
