@@ -1,7 +1,7 @@
 """The arena against the same Program without it: step time, page faults, height, and whether the budget holds.
 
 ``python benchmarks/runtime.py --models gpt resnet`` measures each model without a budget and at a share of its peak,
-and writes ``results/runtime.json`` and a Markdown table beside it. Both variants of a row run in one process, in turns;
+and writes ``results/runtime.json`` and a Markdown table beside it; ``--disk`` moves activations there as well. Both variants of a row run in one process, in turns;
 time is the processor's, so that other work on the machine weighs little.
 """
 
@@ -25,12 +25,16 @@ from meter import Meter
 Record = dict[str, Any]
 
 
-def steps(model: str, size: str, budget: str | None, arena: bool) -> tuple[Callable[[], None], Any, zoo.Workload]:
+def steps(
+    model: str, size: str, budget: str | None, disk: bool, arena: bool
+) -> tuple[Callable[[], None], Any, zoo.Workload]:
     """(one step that leaves no gradients, its plans, the workload), compiled and warm."""
     from memplan.backend import recent_plans
 
     workload = zoo.build(model, size)  # type: ignore[arg-type]
     options: dict[str, Any] = {"placement.enabled": arena} | ({"memory_budget": budget} if budget else {})
+    if disk:
+        options |= {"swap.tiers": "disk", "recompute.enabled": False}
     run = torch.compile(workload.model, backend="memplan", options=options)
 
     def step() -> None:
@@ -70,13 +74,13 @@ def once(step: Callable[[], None]) -> tuple[float, int]:
     return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
 
-def row(model: str, size: str, budget: str | None, repetitions: int) -> Record:
-    """Measure one model at one budget; runs in a process of its own, under the malloc interposer."""
+def row(model: str, size: str, budget: str | None, disk: bool, repetitions: int) -> Record:
+    """Measure one model at one budget, with the disk as a tier in recomputation's stead or without; runs in a process of its own, under the malloc interposer."""
     from memplan.runtime.arena import Pool, release_idle
 
     torch.set_num_threads(1)
-    plain, _, bare = steps(model, size, budget, arena=False)
-    led, plans, workload = steps(model, size, budget, arena=True)
+    plain, _, bare = steps(model, size, budget, disk, arena=False)
+    led, plans, workload = steps(model, size, budget, disk, arena=True)
     plan = max(plans, key=lambda planned: planned.plan.peak)
     pool = next((p for p in Pool.all() if p.program is plan.lowered.program), None)
     pairs = [(once(plain), once(led)) for _ in range(repetitions)]
@@ -122,19 +126,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(zoo.FIRST), choices=list(zoo.MODELS), metavar="MODEL")
     parser.add_argument("--size", default="bench", choices=["small", "bench"])
     parser.add_argument("--budgets", nargs="+", default=["none", "70%"])
+    parser.add_argument("--disk", action="store_true", help="offload to disk instead of recomputing")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "runtime.json")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        model, size, budget, repetitions = given.worker
-        print(json.dumps(row(model, size, None if budget == "none" else budget, int(repetitions))))
+        model, size, budget, disk, repetitions = given.worker
+        print(json.dumps(row(model, size, None if budget == "none" else budget, disk == "disk", int(repetitions))))
         return
     rows: dict[str, Record] = json.loads(given.out.read_text())["rows"] if given.out.exists() else {}
     for model in given.models:
         for budget in given.budgets:
-            name = f"{model}{'-small' if given.size == 'small' else ''} @ {budget}"
-            rows[name] = measured_apart(__file__, [model, given.size, budget, str(given.repetitions)])
+            name = f"{model}{'-small' if given.size == 'small' else ''} @ {budget}{', disk' if given.disk else ''}"
+            tiers = "disk" if given.disk else "none"
+            rows[name] = measured_apart(__file__, [model, given.size, budget, tiers, str(given.repetitions)])
             given.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
             given.out.with_suffix(".md").write_text(table(rows))
             print(table({name: rows[name]}).splitlines()[-1], flush=True)
