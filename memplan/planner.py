@@ -33,7 +33,7 @@ log = logging.getLogger("memplan")
 _ATTEMPTS = 3  # times that bytes which regions or reuse free go back to the planner
 _QUICKLY_SOLVED = 1000  # ops: the plans of larger graphs are made once
 # Of the unplanned peak, tried without a budget: what GPT-2, Llama and T5 recompute there is free.
-_SHARES = (0.5, 0.65, 0.8)
+_SHARES = (0.5, 0.65, 0.8, 0.9)
 _AS_FAST = 1.01  # of the time: closer than estimates are to what is measured
 _WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
 _ARENA_ATTEMPTS = 3  # placements tried before the arena is given up
