@@ -1,9 +1,9 @@
 """Dynamic storage allocation: offsets for buffers of known size and lifetime, in an arena as small as possible.
 
 The portfolio, cheapest first, ends where a height meets the bound: reduction to components in units; constructive
-fits in several orders; branch and bound as a dive that keeps whatever height it reaches; branch and bound with
-restarts, first at the bound itself, then at heights between the bound and the best one known, with limits that double
-from sweep to sweep, until every height below the best is refuted.
+fits in several orders; branch and bound as a dive that keeps whatever height it reaches; fits in orders that earlier
+fits corrected; branch and bound with restarts, first at the bound itself, then at heights between the bound and the
+best one known, with limits that double from sweep to sweep, until every height below the best is refuted.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def minimise(task: Task, goal: int, effort: Effort) -> Iterator[Outcome]:
     for turn in range(0, len(FIRST), PARALLEL):
         if task.height > max(goal, task.bound):
             yield task.attempt(task.height - 1, FAILS, turn, effort)
+    yield task.reorder(max(goal, task.bound), effort)
     fails, turn = FAILS, 0
     while task.height > max(goal, task.bound):
         wanted = max(goal, task.bound)

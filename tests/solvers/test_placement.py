@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from memplan.solvers.placement import (
 )
 from memplan.solvers.placement.component import reduce_problem, sections_of
 from memplan.solvers.placement.portfolio import luby
+from memplan.solvers.placement.task import Effort, Outcome, Task
 from tests.uncompiled import compiled_and_plain
 
 SHORT = Limits(work=0.05)
@@ -175,6 +177,18 @@ def test_a_first_placement_comes_without_any_effort() -> None:
     missed = solve_placement(problem, capacity=1024, limits=Limits(work=0))
     assert missed.status == Status.TIMED_OUT
     check_placement(problem, missed)
+
+
+@pytest.mark.parametrize(("seed", "fitted", "optimum"), [(4, 448, 442), (8, 514, 487), (16, 449, 428)])
+def test_orders_learn_from_what_stood_too_high(seed: int, fitted: int, optimum: int) -> None:
+    problem = random_problem(seed, 60, span=60)
+    task = Task(max(reduce_problem(problem).components, key=len), seed)
+    with ThreadPoolExecutor(1) as pool:
+        effort = Effort(Limits(), pool)
+        task.fit(task.bound, effort)
+        assert task.height == fitted
+        assert task.reorder(task.bound, effort) == Outcome.SOLVED
+    assert task.height == task.component.height(task.off) == task.bound == optimum
 
 
 def hard() -> PlacementProblem:
