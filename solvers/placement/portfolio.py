@@ -1,9 +1,10 @@
 """Dynamic storage allocation: offsets for buffers of known size and lifetime, in an arena as small as possible.
 
 The portfolio, cheapest first, ends where a height meets the bound: reduction to components in units; constructive
-fits in several orders; branch and bound as a dive that keeps whatever height it reaches; fits in orders that earlier
-fits corrected; branch and bound with restarts, first at the bound itself, then at heights between the bound and the
-best one known, with limits that double from sweep to sweep, until every height below the best is refuted.
+fits in several orders; branch and bound as a dive that keeps whatever height it reaches; branch and bound with
+restarts, first at the bound itself, then at heights between the bound and the best one known, with limits that double
+from sweep to sweep, until every height below the best is refuted; in turns with it the same for the large buffers
+alone, the small ones fitted around them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from memplan.solvers.placement.task import PARALLEL, Effort, Outcome, Task
 # best when they are short (of 200, 1,000 and 4,000 failed nodes).
 FIRST_FAILS, FAILS = 1000, 200
 RESOLUTION = 2000  # heights closer than best / RESOLUTION are not told apart by a sweep
+# Buffers below load / SMALL are small: of a ResNet-50's step two in five.
+SMALL = 2000
+MOST_LARGE = 0.9  # of the buffers, above which the large ones alone are no easier to place
 
 
 def solve_placement(
@@ -44,7 +48,8 @@ def solve_placement(
         effort = Effort(limits, pool)
         try:
             if capacity is None:
-                _minimise_all(reduced, tasks, effort)
+                for _ in _minimise_all(tasks, -(-reduced.bound // reduced.unit), effort):
+                    pass
             else:
                 refuted = not _all_within(reduced, tasks, capacity, effort)
         except KeyboardInterrupt:
@@ -52,17 +57,39 @@ def solve_placement(
     return _placement(problem, reduced, tasks, capacity, refuted)
 
 
-def _minimise_all(reduced: Reduced, tasks: list[Task], effort: Effort) -> None:
+def _minimise_all(tasks: list[Task], goal: int, effort: Effort) -> Iterator[Outcome]:
     """Lower the tasks' heights, always that of the highest, until one of them stands at a bound."""
-    goal = -(-reduced.bound // reduced.unit)
     for task in tasks:
         task.fit(goal, effort)
     attempts = {task: minimise(task, goal, effort) for task in tasks}
+    yield Outcome.PAUSED
     while tasks and not effort.spent:
         highest = max(tasks, key=lambda task: task.height)
         if highest.height <= max(goal, highest.bound):
             return
-        next(attempts[highest])
+        yield next(attempts[highest])
+
+
+def _large_first(task: Task, goal: int, effort: Effort) -> Iterator[Outcome]:
+    """The large buffers as a problem of their own, and the small ones fitted around every better placement of it; for
+    at most half of the effort."""
+    c = task.component
+    large = np.flatnonzero(c.size * SMALL >= c.bound)
+    if len(large) > MOST_LARGE * len(c):
+        return
+    alone = reduce_problem(PlacementProblem(*(tuple(column[large].tolist()) for column in (c.lo, c.hi, c.size))))
+    parts = [Task(part, k) for k, part in enumerate(alone.components)]
+    off, reached, least = np.zeros(len(large), np.int64), None, effort.work / 2
+    for outcome in _minimise_all(parts, goal // alone.unit, effort):
+        height = max(part.height for part in parts)
+        if reached is None or height < reached:
+            reached = height
+            for part in parts:
+                off[part.component.index] = part.off * alone.unit
+            task.fit_around(large, off, effort)
+        if effort.work < least:
+            return
+        yield outcome
 
 
 def _all_within(reduced: Reduced, tasks: list[Task], capacity: int, effort: Effort) -> bool:
@@ -85,7 +112,7 @@ def minimise(task: Task, goal: int, effort: Effort) -> Iterator[Outcome]:
     for turn in range(0, len(FIRST), PARALLEL):
         if task.height > max(goal, task.bound):
             yield task.attempt(task.height - 1, FAILS, turn, effort)
-    yield task.reorder(max(goal, task.bound), effort)
+    yield from _large_first(task, goal, effort)
     fails, turn = FAILS, 0
     while task.height > max(goal, task.bound):
         wanted = max(goal, task.bound)

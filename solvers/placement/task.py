@@ -22,9 +22,6 @@ MOST_FITTED = (
     5000  # buffers up to which all fits in order are tried; beyond, each takes longer than a tenth of a second
 )
 MOST_SCANNED = 300_000_000  # steps up to which the fit in time runs: about a second
-# Fits in orders that earlier fits corrected: a Mamba's step fell from 5.6 % above its load to 0.9 % within fifty.
-MOST_REORDERED = 100
-FORWARD = 0.3  # of the order, by which a buffer above the goal moves forward
 
 
 class Outcome(IntEnum):
@@ -95,11 +92,27 @@ class Task:
                 if n > MOST_FITTED:
                     return
 
-    def _fit_in_order(self, order: Ints, best: bool, solver: str, effort: Effort) -> None:
-        """One constructive fit, in slices; given up when it cannot beat the best, or when the effort is spent."""
+    def fit_around(self, placed: Ints, off: Ints, effort: Effort) -> None:
+        """First fit of all other buffers around those ``placed``, whose offsets are ``off``."""
+        _, order = next(fit_orders(self.component))
+        rising = np.argsort(off, kind="stable")
+        others = order[~np.isin(order, placed)]
+        solver = "first fit around the large"
+        self._fit_in_order(np.concatenate([placed[rising], others]), False, solver, effort, off[rising])
+
+    def _fit_in_order(self, order: Ints, best: bool, solver: str, effort: Effort, first: Ints | None = None) -> None:
+        """One constructive fit, in slices; given up when it cannot beat the best, or when the effort is spent.
+
+        ``first`` are offsets in rising order for the first buffers of the order.
+        """
         c, n = self.component, len(self.component)
         off, where, ends = np.zeros(n, np.int64), np.zeros((n, 3), np.int64), np.zeros(n, np.int64)
         begin = height = 0
+        if first is not None:
+            begin, here = len(first), order[: len(first)]
+            off[here], ends[:begin] = first, first + c.size[here]
+            where[:begin] = np.stack([c.lo[here], c.hi[here], first], axis=1)
+            height = int(ends.max())
         while begin < n:
             end = min(n, begin + 1 + SLICE // (begin + 1000))
             height = fit_in_order(
@@ -110,23 +123,6 @@ class Task:
                 return
             begin = end
         self.offer(off, solver)
-
-    def reorder(self, goal: int, effort: Effort) -> Outcome:
-        """First fits, each after the buffers that the last one put above the goal moved forward in the order (squeaky
-        wheel optimization; Joslin and Clements, JAIR 1999), for at most a quarter of the effort."""
-        c, n = self.component, len(self.component)
-        _, order = next(fit_orders(c))
-        rank, least = np.argsort(order).astype(np.float64), effort.work * 3 / 4
-        off, where, ends = np.zeros(n, np.int64), np.zeros((n, 3), np.int64), np.zeros(n, np.int64)
-        for _ in range(MOST_REORDERED):
-            if self.height <= goal or effort.spent or effort.work < least:
-                break
-            order = np.argsort(rank, kind="stable")
-            fit_in_order(order, 0, n, False, np.int64(1) << 62, 0, c.lo, c.hi, c.size, off, where, ends)
-            effort.use(n * n / 4, self.bytes, self.bound * c.unit)
-            self.offer(off, "first fit in corrected order")
-            rank[off + c.size > goal] -= FORWARD * n
-        return Outcome.SOLVED if self.height <= goal else Outcome.PAUSED
 
     def attempt(self, wanted: int, fails: int, turn: int, effort: Effort, late: Ints | None = None) -> Outcome:
         """Searches of up to ``fails`` failed nodes, side by side, for a height of at most ``wanted`` units.
