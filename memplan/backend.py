@@ -27,6 +27,7 @@ from memplan.passes.attention import FuseAttention
 from memplan.passes.channels_last import ChannelsLast
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
+from memplan.passes.experts import GroupExperts
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.heads import GroupedHeads
 from memplan.passes.normalise import Normalise
@@ -109,7 +110,7 @@ def _rewrites(options: Options) -> tuple[Rewrite, ...]:
         return ()
     # Torch's own norms of such images sum up roughly: only where all are regions of Inductor's.
     in_regions = (options.lowering or default_lowering("cpu")) == "inductor" and "disk" not in options.swap_tiers
-    return (FuseAttention(), *((ChannelsLast(),) if in_regions else ()), ChunkLoss(), ChunkMLP())
+    return (FuseAttention(), *((ChannelsLast(),) if in_regions else ()), GroupExperts(), ChunkLoss(), ChunkMLP())
 
 
 def raising(error: MemplanError) -> Callable[..., Any]:

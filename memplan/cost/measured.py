@@ -24,7 +24,7 @@ from memplan.cost import Cost
 from memplan.cost.analytic import AnalyticCost, is_view, round_up
 from memplan.cost.cache import Cache
 from memplan.cost.signature import Layout, Signature, results, signature
-from memplan.cost.workspace import BLOCKED_LOSS, masked_positions, unseen
+from memplan.cost.workspace import BLOCKED_LOSS, EXPERT_PRODUCTS, EXPERT_SUMS, OWN_RULES, masked_positions, unseen
 from memplan.devices import profile_for
 from memplan.torch_compat import allocation_events, clear_blas_workspaces
 
@@ -92,7 +92,7 @@ class MeasuredCost:
         touched = [*described.operands(), *made]
         return (
             self.available
-            and (target.namespace in ("aten", "prims", "mkldnn") or target.name() == BLOCKED_LOSS)
+            and (target.namespace in ("aten", "prims", "mkldnn") or target.name() in OWN_RULES)
             and not _UNMEASURABLE.intersection(target.tags)
             and not masked_positions(described)
             and "_assert" not in target._opname
@@ -173,8 +173,10 @@ def index_bound(described: Signature) -> int:
     packet, args = described.target.overloadpacket, described.args
     if packet is aten.embedding:
         return args[0].shape[0]
-    if described.target.name() == BLOCKED_LOSS:
+    if described.target.name() in (BLOCKED_LOSS, EXPERT_PRODUCTS):
         return args[1].shape[0]
+    if described.target.name() == EXPERT_SUMS:
+        return args[3]
     if packet is aten.embedding_dense_backward:
         return args[2]
     if packet in (aten._embedding_bag_backward, aten._embedding_bag_dense_backward):

@@ -18,6 +18,7 @@ from memplan.cost.signature import Layout, Signature
 
 aten = torch.ops.aten
 BLOCKED_LOSS = "memplan::blocked_loss"  # memplan/runtime/loss.py
+EXPERT_PRODUCTS, EXPERT_SUMS = "memplan::expert_products", "memplan::expert_sums"  # memplan/runtime/experts.py
 ONEDNN_LINEAR = "mkldnn::_linear_pointwise"  # passes/products.py
 
 # oneDNN's descriptors and memory objects of one call: 4 to 36 KB were seen, whatever the shapes.
@@ -150,14 +151,12 @@ _UNSEEN: dict[Any, _Unseen] = {
 def workspace(described: Signature, made: list[Layout], kind: str, threads: int) -> int:
     """Bytes an aten op holds on a device of ``kind`` ("cpu", "cuda") beyond operands and results, by rule."""
     if kind != "cpu":
-        rule = (
-            _loss_block if described.target.name() == BLOCKED_LOSS else _GPU_RULES.get(described.target.overloadpacket)
-        )
+        rule = OWN_RULES.get(described.target.name()) or _GPU_RULES.get(described.target.overloadpacket)
         return masked_positions(described) + (rule(described, made) if rule else 0)
     held = unseen(described, threads) + masked_positions(described)
     if described.target.overloadpacket in _CONVOLUTIONS and is_plain_product(described, threads):
         return held
-    rule = _loss_block if described.target.name() == BLOCKED_LOSS else _CPU_RULES.get(described.target.overloadpacket)
+    rule = OWN_RULES.get(described.target.name()) or _CPU_RULES.get(described.target.overloadpacket)
     if rule is None and torch.Tag.pointwise in described.target.tags:
         rule = _promoted
     return held + (rule(described, made) if rule else 0)
@@ -242,6 +241,13 @@ def _loss_block(described: Signature, made: list[Layout]) -> int:
     return block + (3 * weight.nbytes if narrow and described.args[7][1] else 0)
 
 
+def _sorted_rows(described: Signature, made: list[Layout]) -> int:
+    """Experts' ids and their order; the rows of two matrices, sorted: both operands, or an operand and the result."""
+    first, second, experts = described.operands()[:3]
+    other = made[0] if described.target.name() == EXPERT_PRODUCTS else second
+    return first.nbytes + other.nbytes + 3 * 8 * experts.numel
+
+
 def _dense_copies(described: Signature, made: list[Layout]) -> int:
     """oneDNN's GELU takes dense rows: an operand that is expanded or transposed is copied, and the result with it."""
     strided = [x for x in described.operands() if x.shape and x.numel > 1 and (x.stride[-1] != 1 or x.extent < x.numel)]
@@ -250,6 +256,12 @@ def _dense_copies(described: Signature, made: list[Layout]) -> int:
 
 _Rule = Callable[[Signature, list[Layout]], int]
 
+# Of memplan's own ops, on every device.
+OWN_RULES: dict[str, _Rule] = {
+    BLOCKED_LOSS: _loss_block,
+    EXPERT_PRODUCTS: _sorted_rows,
+    EXPERT_SUMS: _sorted_rows,
+}
 _CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
 _CPU_RULES: dict[Any, _Rule] = {
     aten.convolution: _convolution,
