@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memplan.build_problem import TANGENTS
 from memplan.outcome import Limits
@@ -18,7 +18,7 @@ ALIGNMENT = 64  # bytes; torch's own CPU allocator aligns to it, so kernels choo
 SCALAR = ALIGNMENT
 # Most Programs meet their bound within the constructive fits. Where a fit stays further above the load than by _CLOSE, more
 # effort is worth its seconds: it decides whether a ResNet at 70 % has an arena within the budget.
-_WORK, _MORE_WORK = 0.1, 4
+_WORK, _MORE_WORK = 0.1, 2
 _CLOSE = 1.01
 _SECONDS = 20.0
 # Lists of arguments, results and blocks: 5 to 7 KB were seen beside an arena on steps of 200 to 600 kernels.
@@ -35,7 +35,7 @@ class Layout:
     """
 
     offsets: Mapping[int, int]  # storage -> offset
-    workspaces: Mapping[int, tuple[int, int]]  # step -> offset and size of what its kernel may use while it runs
+    workspaces: Mapping[int, int]  # step -> bytes kept free, in one piece, for what its kernel takes for itself
     height: int
     load: int
     unseen: int  # the part of ``outside`` that kernels take past torch's allocator
@@ -52,12 +52,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Region:
-    """Bytes of the arena that a running kernel's temporaries may use until ``until``, on the kernel's clock."""
+class Kernel:
+    """What a kernel allocates, on its own clock: ``own`` as (bytes, born, died), and its results' births."""
 
-    offset: int
-    size: int
-    until: float
+    own: tuple[tuple[int, float, float], ...]
+    results: Mapping[int, float]  # storage -> born
+
+    def end(self, offsets: Sequence[int]) -> int:
+        """Bytes up to which its own allocations reach at these offsets."""
+        return max((offset + size for offset, (size, *_) in zip(offsets, self.own, strict=True)), default=0)
+
+    @property
+    def one_piece(self) -> int:
+        """Bytes of one piece that hold its own allocations in any case."""
+        return self.end(_own_offsets(self, [], []))
 
 
 def place(
@@ -90,10 +98,9 @@ def place(
         more = solve_placement(problem, limits=Limits(work=_MORE_WORK, seconds=_SECONDS))
         placement = min(placement, more, key=lambda found: found.height)
     check_placement(problem, placement)
-    count = len(placed)
     return Layout(
-        dict(zip(placed, placement.offsets[:count], strict=True)),
-        {at: (offset, size) for (at, size), offset in zip(working, placement.offsets[count:], strict=True)},
+        dict(zip(placed, placement.offsets, strict=False)),
+        dict(working),
         placement.height,
         load,
         unseen,
@@ -102,26 +109,77 @@ def place(
     )
 
 
-def place_temporaries(temporaries: Sequence[tuple[int, float, float]], regions: Sequence[Region]) -> list[int]:
-    """Offsets for a kernel's own allocations ``(size, born, died)``, the largest first; −1 where none fits.
+def fitted(
+    program: Program,
+    layout: Layout,
+    kernels: Mapping[int, Kernel],
+    beside: AbstractSet[int] = frozenset(),
+    past: int = 0,
+) -> tuple[Layout, dict[int, list[int]]]:
+    """A layout that holds what ``kernels`` were seen to take, and where: the one given, as high as that takes, or a new
+    one with room in one piece where that was too high.
 
-    A kernel's peak may come before its result exists, so the place of the result serves until then, too.
+    The storages ``beside`` stand outside after all, and kernels take ``past`` bytes more past torch's allocator.
     """
-    offsets = [-1] * len(temporaries)
-    by_end = sorted(regions, key=lambda region: region.until)  # what serves the shortest is used first
-    for k in sorted(range(len(temporaries)), key=lambda k: -temporaries[k][0]):
-        size, born, died = temporaries[k]
-        meets = [j for j, (_, b, d) in enumerate(temporaries) if offsets[j] >= 0 and b < died and born < d]
-        taken = sorted((offsets[j], offsets[j] + temporaries[j][0]) for j in meets)
-        for region in by_end:
-            at = region.offset
-            for start, end in taken:
-                if start < at + size and at < end:
-                    at = -(-end // ALIGNMENT) * ALIGNMENT
-            if died <= region.until and at + size <= region.offset + region.size:
-                offsets[k] = at
-                break
+    found, own = with_temporaries(program, layout, kernels)
+    if found.height == layout.height and not beside:
+        return found, own
+    needs = {at: size for at, size in layout.workspaces.items() if beside.isdisjoint(program.steps[at].makes)}
+    needs |= {at: kernels[at].one_piece for at, offsets in own.items() if kernels[at].end(offsets) > layout.height}
+    again, places = with_temporaries(program, place(program, needs, layout.unseen + past, beside), kernels)
+    return (again, places) if beside or again.height < found.height else (found, own)
+
+
+def with_temporaries(
+    program: Program, layout: Layout, kernels: Mapping[int, Kernel]
+) -> tuple[Layout, dict[int, list[int]]]:
+    """For each step among ``kernels`` offsets for what its kernel takes for itself, each as low as is free while it
+    lives; and the layout, as high as they need.
+
+    A kernel's peak may come before its result exists, so the place of the result serves until then, together with what
+    is free beside it.
+    """
+    made: dict[int, list[int]] = {}
+    gone: dict[int, list[int]] = {}
+    for storage, (begin, end) in _lives(program).items():
+        if storage in layout.offsets and begin < end:
+            made.setdefault(begin, []).append(storage)
+            gone.setdefault(end, []).append(storage)
+    span = {s: (offset, offset + program.storages[s].size) for s, offset in layout.offsets.items()}
+    found: dict[int, list[int]] = {}
+    taken: dict[int, tuple[int, int]] = {}
+    for at in range(len(program.steps)):
+        for storage in gone.get(at, ()):
+            del taken[storage]
+        if at in kernels:
+            results = [(span[s], born) for s, born in kernels[at].results.items() if s in span]
+            found[at] = _own_offsets(kernels[at], list(taken.values()), results)
+        taken |= {storage: span[storage] for storage in made.get(at, ())}
+    most = max((kernels[at].end(offsets) for at, offsets in found.items()), default=0)
+    return replace(layout, height=max(layout.height, most)), found
+
+
+def _own_offsets(
+    kernel: Kernel, taken: list[tuple[int, int]], results: list[tuple[tuple[int, int], float]]
+) -> list[int]:
+    """The largest first. ``taken``: the whole time; ``results``: from when they are born."""
+    offsets = [-1] * len(kernel.own)
+    for k in sorted(range(len(offsets)), key=lambda k: -kernel.own[k][0]):
+        size, begin, end = kernel.own[k]
+        beside = [j for j, (_, b, e) in enumerate(kernel.own) if offsets[j] >= 0 and b < end and begin < e]
+        blocked = [*taken, *(span for span, born in results if born < end)]
+        blocked += [(offsets[j], offsets[j] + kernel.own[j][0]) for j in beside]
+        offsets[k] = _lowest(size, blocked)
     return offsets
+
+
+def _lowest(size: int, blocked: list[tuple[int, int]]) -> int:
+    at = 0
+    for start, end in sorted(blocked):
+        if start >= at + size:
+            break
+        at = max(at, -(-end // ALIGNMENT) * ALIGNMENT)
+    return at
 
 
 def _handed(program: Program) -> set[int]:

@@ -6,21 +6,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
+from memplan.arrange import Arranger
 from memplan.build_problem import OP, BuiltProblem, build_problem
 from memplan.capture import Capture
 from memplan.cost import CostModel
 from memplan.cost.links import slower_tiers
-from memplan.cost.signature import signature
-from memplan.cost.workspace import unseen
 from memplan.errors import BudgetInfeasibleError, LiveBuffer, PlanError
-from memplan.lower import Lowered
 from memplan.options import Options
 from memplan.outcome import Limits, Status
 from memplan.passes.fuse import Fuse
 from memplan.passes.reuse import Overlays, any_overlays, overlaid, overlays, overwritten
-from memplan.place import Layout, place
 from memplan.plans import Plan
 from memplan.problem import Phase, Problem
 from memplan.realise import Planned, contracted, finished, has_symbolic_sizes, realise, reused, reuses
@@ -36,7 +31,7 @@ _QUICKLY_SOLVED = 1000  # ops: the plans of larger graphs are made once
 _SHARES = (0.5, 0.65, 0.8, 0.9)
 _AS_FAST = 1.01  # of the time: closer than estimates are to what is measured
 _WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
-_ARENA_ATTEMPTS = 3  # placements tried before the arena is given up
+_ARENA_ATTEMPTS = 4  # placements tried before the arena is given up
 _ARENA_MAY_COST = 1.01  # slowdown of the plan that an arena may cost; it saves 5-9 % on a ResNet in page faults
 
 
@@ -93,7 +88,7 @@ def plan_capture(
     if wanted is not None and planned.timeline.peak > wanted:
         raise _infeasible(planned, wanted, elsewhere.held)
     if options.placement_enabled and not estimated and not has_symbolic_sizes(built):
-        planned = _placed(planned, wanted, seek)
+        planned = _placed(planned, wanted, seek, Arranger(cost))
     peak = planned.timeline.peak
     plan = replace(planned.plan, budget=wanted, peak=peak, spared=planned.plan.peak - peak)
     if wanted is not None and plan.status not in (Status.OPTIMAL, Status.FEASIBLE):
@@ -223,7 +218,7 @@ def _borne_out(planned: Planned, overlays: Overlays, limit: int) -> Overlays:
     return {op: size for op, size in overlays.items() if op not in failed} if failed else {}
 
 
-def _placed(planned: Planned, budget: int | None, seek: _Seek) -> Planned:
+def _placed(planned: Planned, budget: int | None, seek: _Seek, arranger: Arranger) -> Planned:
     """The plan with an arena, if that keeps the budget; a little slower a plan where that buys the arena.
 
     An arena is held at its full height while the caller's values stand beside it, so it may need more than the
@@ -232,7 +227,7 @@ def _placed(planned: Planned, budget: int | None, seek: _Seek) -> Planned:
     tightened, options = budget, seek.options
     candidate = planned
     for _ in range(_ARENA_ATTEMPTS):
-        candidate = replace(candidate, layout=_layout(candidate.lowered), budget=budget)
+        candidate = replace(candidate, layout=arranger.layout(candidate.lowered), budget=budget)
         if budget is None or tightened is None or candidate.held <= budget:
             return candidate
         if not options.recompute_enabled:
@@ -303,19 +298,6 @@ def _free_of_time(planned: Planned, seek: _Seek) -> tuple[Planned, int | None]:
         if contracted(candidate, Fuse(limit, options.lowering, measured=False)).timeline.time <= longest:
             return candidate, limit
     return planned, None
-
-
-def _layout(lowered: Lowered) -> Layout:
-    """An arena for what torch's allocator hands out; what kernels take past it stays beside."""
-    workspaces: dict[int, int] = {}
-    most = 0
-    for at, (step, binding) in enumerate(zip(lowered.program.steps, lowered.bindings, strict=True)):
-        workspaces[at], node = step.workspace, binding.node
-        if node is not None and isinstance(node.target, torch._ops.OpOverload):
-            past = unseen(signature(node), torch.get_num_threads())
-            workspaces[at] = max(0, step.workspace - past)
-            most = max(most, past)
-    return place(lowered.program, workspaces, most)
 
 
 def _peak_bound(planned: Planned, options: Options) -> int:

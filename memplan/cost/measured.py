@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -41,6 +42,7 @@ _BLOCK = 1 << 16
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
 # Two compiles at once would disturb each other's times, and restore each other's generators.
 _ALONE = threading.Lock()
+_Seen = TypeVar("_Seen")
 _UNMEASURABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -87,6 +89,25 @@ class MeasuredCost:
         self.cache.put(text, (measured.time, measured.workspace))
         return _whole(described, measured, self.profile.granularity)
 
+    def observe(self, node: fx.Node, watch: Callable[[Callable[[], Any]], _Seen]) -> _Seen | None:
+        """What ``watch`` sees of a call of the node's op on made-up operands, in this model's thread; None for an op that
+        is not measured."""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return None
+        described = signature(node)
+        if not self._is_measurable(described, results(node)):
+            return None
+
+        def observed() -> _Seen:
+            with _on_made_up_operands(described) as (run, *_):
+                return watch(run)
+
+        try:
+            return self._worker.submit(observed).result()
+        except _REFUSALS as error:
+            log.debug("allocations of %s: not seen, it cannot run on made-up operands: %s", node.target, error)
+            return None
+
     def _is_measurable(self, described: Signature, made: list[Layout]) -> bool:
         target = described.target
         touched = [*described.operands(), *made]
@@ -116,6 +137,18 @@ def measure(described: Signature, granularity: int) -> Cost:
     Workspace is the peak of the allocator's events over the results, every result rounded up to ``granularity`` as its
     buffer is.
     """
+    with _on_made_up_operands(described) as (run, own, on_gpu):
+        made, events = allocation_events(run)  # the first run also pays for code generation and page faults
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(made))}
+        del made
+        kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
+        held = max(0, max(accumulate(events), default=0) - kept)
+        return Cost(_median_time(run, on_gpu), round_up(held, granularity))
+
+
+@contextmanager
+def _on_made_up_operands(described: Signature) -> Iterator[tuple[Callable[[], Any], set[int], bool]]:
+    """(the op's call, where its operands lie, whether it runs on a GPU); generators are put back as they were."""
     touched = {layout.device for layout in described.operands()}
     touched |= {value.type for _, value in described.kwargs if isinstance(value, torch.device)}  # factories name theirs
     gpus = [torch.cuda.current_device()] if "cuda" in touched else []
@@ -131,15 +164,9 @@ def measure(described: Signature, granularity: int) -> Cost:
 
         if gpus:
             run()  # cuBLAS takes a workspace for every new thread and keeps it
-        made, events = allocation_events(run)  # the first run also pays for code generation and page faults
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(made))}
-        del made
-        kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
-        held = max(0, max(accumulate(events), default=0) - kept)
-        found = Cost(_median_time(run, bool(gpus)), round_up(held, granularity))
+        yield run, own, bool(gpus)
         if gpus:
             clear_blas_workspaces()
-        return found
 
 
 def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:

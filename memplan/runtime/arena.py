@@ -8,27 +8,24 @@ kernels without an ``out=`` form (convolution, normalisation, attention, embeddi
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from memplan.capture import tensors
-from memplan.place import SCALAR, Layout, Region, place, place_temporaries
+from memplan.place import Layout, fitted
 from memplan.problem import Category
 from memplan.program import Program, Step, StepKind
 from memplan.runtime import native
+from memplan.runtime.kernels import Recorded, addresses, matched
 
 log = logging.getLogger("memplan")
 
 Call = Callable[[list[Any]], Any]
-
-_BEYOND = 1 << 48  # offsets from here on stand for a workspace of any size, while its size is being found
 
 _ALLOCATE = (StepKind.RUN, StepKind.PREFETCH)  # steps whose allocations have planned places
 
@@ -54,15 +51,6 @@ class Place:
     size: int
     offset: int
     kept: bool
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """A recorded kernel: the joint Program's step, its allocations, and which of them are which storages."""
-
-    step: int
-    allocations: tuple[native.Allocation, ...]
-    results: dict[int, int]
 
 
 class Pool:
@@ -93,6 +81,7 @@ class Pool:
         self._arenas: list[int] = []  # never bound anew: the finalizer holds it
         weakref.finalize(self, _close, self._arenas).atexit = False
         self.results = self.unplaced = 0  # storages with a place in the arena, and without
+        self._own: dict[int, list[int]] = {}  # by step: offsets of what its kernel takes for itself
         self._missed: dict[int, tuple[int, ...]] = {}  # by step: storages that its kernel does not take from torch
         with Pool._lock:
             Pool._all.add(self)
@@ -140,18 +129,22 @@ class Pool:
                     self._scripts.pop().write()
 
     def _fit(self) -> None:
-        needs = {at: need for script in self._scripts for at, need in script.workspaces().items()}
-        given = self.layout.workspaces
-        fits = all(need <= given[at][1] if at in given else need == 0 for at, need in needs.items())
-        if fits and not self._missed:
-            return
+        """A layout that holds what the kernels were seen to take; none, if that does not fit the budget."""
+        kernels = {seen.step: seen.kernel for script in self._scripts for seen in script.kernels()}
         beside = {storage for made in self._missed.values() for storage in made}
         past = max((self.program.steps[at].workspace for at in self._missed), default=0)
-        self.layout = place(self.program, needs, self.layout.unseen + past, beside)
+        self.layout, self._own = fitted(self.program, self.layout, kernels, beside, past)
         self._beyond = self.layout.height + self.layout.outside
         if self._budget is not None and self._resident + self._beyond > self._budget:
             log.info("no arena: with what kernels were seen to take it would not fit the budget")
             self.off = True
+
+    def temporaries(self, seen: Recorded) -> dict[int, Place]:
+        """Where a recorded kernel's own allocations go."""
+        places = {k: Place(a.size, -1, kept=False) for k, a in enumerate(seen.allocations) if k not in seen.results}
+        for k, offset in zip(seen.own, self._own[seen.step], strict=True):
+            places[k] = replace(places[k], offset=offset)
+        return places
 
     def enter(self, script: int, args: Sequence[Any], begins: bool) -> bool:
         """Let this thread run a script in an arena until it unwinds; False: run without one."""
@@ -281,7 +274,7 @@ class Script:
         self._kernels = tuple(at if step.kind in _ALLOCATE else -1 for at, step in enumerate(program.steps))
         self._begins = begins
         self._known = self._recording = False
-        self._kernels_seen: dict[int, _Kernel] = {}
+        self._kernels_seen: dict[int, Recorded] = {}
         self.handle = library.script_new(len(program.steps))
         weakref.finalize(self, library.script_free, self.handle).atexit = False
 
@@ -333,19 +326,15 @@ class Script:
         if planned is None:
             return
         step, made = planned
-        made = tuple(storage for storage in made if self._pool.program.storages[storage].size)
-        allocations = native.recorded(self._library)
-        born = {a.address: k for k, a in enumerate(allocations)}  # an address used twice: the last is the result
-        found = dict.fromkeys(born.get(t.untyped_storage().data_ptr(), -1) for t in tensors(value))
-        found.pop(-1, None)
-        if len(found) == len(made):
-            self._kernels_seen[at] = _Kernel(step, tuple(allocations), dict(zip(found, made, strict=True)))
+        seen = matched(self._pool.program, step, addresses(value), native.recorded(self._library))
+        if seen is not None:
+            self._kernels_seen[at] = seen
         else:
             self._pool.missed(step, made)
 
-    def workspaces(self) -> dict[int, int]:
-        """For each step of the joint Program the bytes that its kernel needs beyond its results."""
-        return {seen.step: self._temporaries(seen)[1] for seen in self._kernels_seen.values()}
+    def kernels(self) -> Iterable[Recorded]:
+        """What was recorded."""
+        return self._kernels_seen.values()
 
     def write(self) -> None:
         """Give every allocation seen its place."""
@@ -354,30 +343,9 @@ class Script:
             placed = sum(where.offset >= 0 for where in places.values())
             self._pool.results += placed
             self._pool.unplaced += len(places) - placed
-            places |= self._temporaries(seen)[0]
+            places |= self._pool.temporaries(seen)
             for k, where in sorted(places.items()):
                 asked = seen.allocations[k].size
                 if asked:
                     self._library.script_request(self.handle, at, asked, where.offset, where.kept)
         self._kernels_seen.clear()
-
-    def _temporaries(self, seen: _Kernel) -> tuple[dict[int, Place], int]:
-        """Places of what a kernel takes for itself, and how many bytes of them lie outside its results' places."""
-        base, _ = self._pool.layout.workspaces.get(seen.step, (0, 0))
-        others = [k for k in range(len(seen.allocations)) if k not in seen.results]
-        own = [k for k in others if seen.allocations[k].size > SCALAR]
-        spans = [(a.size, a.born, a.died) for a in (seen.allocations[k] for k in own)]
-        regions = []
-        for k, storage in seen.results.items():
-            where = self._pool.storage(storage)
-            if where.offset >= 0:
-                regions.append(Region(where.offset, where.size, seen.allocations[k].born))
-        beyond = Region(_BEYOND + base, _BEYOND, math.inf)
-        offsets = place_temporaries(spans, [*regions, beyond])
-        need = max(
-            (o + size - beyond.offset for o, (size, *_) in zip(offsets, spans, strict=True) if o >= beyond.offset),
-            default=0,
-        )
-        found = dict.fromkeys(others, -1)
-        found |= {k: o - _BEYOND if o >= _BEYOND else o for k, o in zip(own, offsets, strict=True)}
-        return {k: Place(seen.allocations[k].size, o, kept=False) for k, o in found.items()}, need

@@ -7,15 +7,19 @@ import hashlib
 import logging
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from memplan.directories import cache_directory
 
 log = logging.getLogger("memplan")
+
+T = TypeVar("T")
 
 _SOURCE = Path(__file__).with_name("arena.cpp")
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
@@ -72,6 +76,18 @@ def recorded(loaded: ctypes.PyDLL) -> list[Allocation]:
     numbers = (_SIZE * (4 * count))()
     loaded.recorded(numbers, count)
     return [Allocation(*numbers[4 * k : 4 * k + 4]) for k in range(count)]
+
+
+def observed(loaded: ctypes.PyDLL, call: Callable[[], T]) -> tuple[T, list[Allocation]]:
+    """What a kernel's call returns, and its allocations."""
+    before = loaded.running()
+    loaded.begin(None, None)
+    try:
+        loaded.step(0)
+        made = call()
+        return made, recorded(loaded)
+    finally:
+        loaded.unwind(before)
 
 
 def _built() -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +15,10 @@ from torch import nn
 
 from memplan.backend import recent_plans
 from memplan.build_problem import TANGENTS
-from memplan.place import SCALAR, Region, place_temporaries
+from memplan.place import SCALAR, Kernel, Layout, fitted, place, with_temporaries
+from memplan.program import Program, Step, StepKind, Storage
 from memplan.runtime import arena, native
+from memplan.runtime.kernels import addresses, matched
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler builds arena.cpp here")
 
@@ -286,8 +288,85 @@ def test_a_forked_process_uses_its_copy(net: Net) -> None:
     assert_same(step(run, net)[:1], wanted[:1])
 
 
+def _three_steps() -> tuple[Program, Layout]:
+    """Storage 0 lives throughout at [0, 128); the middle step makes storage 1 at [128, 256)."""
+    steps = (
+        Step(StepKind.RUN, "first", makes=(0,)),
+        Step(StepKind.RUN, "middle", reads=(0,), makes=(1,)),
+        Step(StepKind.RUN, "last", reads=(0, 1), frees=(0, 1)),
+    )
+    program = Program((Storage("zero", 128), Storage("one", 128)), (), steps)
+    return program, place(program, {1: 192}, 0)
+
+
 def test_temporaries_use_a_results_place_until_it_exists() -> None:
-    before, across, after = (100, 0, 2), (64, 1, 4), (128, 5, 6)
-    result, rest = Region(0, 128, until=3), Region(1024, 192, until=math.inf)
-    assert place_temporaries([before, across, after], [result, rest]) == [0, 1024, 1024]
-    assert place_temporaries([(256, 0, 9)], [result, rest]) == [-1]
+    program, layout = _three_steps()
+    assert layout.height == 128 + 128 + 192
+    moved = replace(layout, offsets={0: 0, 1: 128}, height=320)
+    before, across, after = (190, 0, 2), (64, 1, 4), (128, 5, 6)
+    kernel = Kernel((before, across, after), results={1: 3})
+    grown, found = with_temporaries(program, moved, {1: kernel})
+    assert found == {1: [128, 320, 256]}  # the first takes the result's place and what is free behind it
+    assert grown.height == 384 == kernel.end(found[1])
+
+
+def test_a_layout_too_high_for_temporaries_is_made_anew_with_room_in_one_piece() -> None:
+    program, layout = _three_steps()
+    kernel = Kernel(((128, 0, 2), (192, 1, 4)), results={1: 3})  # 192 beside the result, and before it 320
+    held, found = fitted(program, layout, {1: kernel})
+    assert kernel.one_piece == 320
+    spans = [*((held.offsets[s], held.offsets[s] + 128) for s in (0, 1)), *zip(found[1], (128, 192), strict=True)]
+    assert held.height <= 128 + 128 + 320
+    assert found[1][1] >= spans[0][1] or found[1][1] + 192 <= spans[0][0]
+    beside, _ = fitted(program, layout, {}, frozenset({1}), past=64)
+    assert 1 not in beside.offsets and 1 not in beside.workspaces
+    assert (beside.height, beside.unseen) == (128, 64)
+
+
+class Bags(nn.Module):
+    """Kernels with results of no bytes, and norms that run again without their statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(50, 48, mode="sum")
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(48, 48), nn.BatchNorm1d(48)) for _ in range(6))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        x = self.bags(rows)
+        for layer in self.layers:
+            x = torch.nn.functional.gelu(layer(x)).sin()
+        return x.square().mean()
+
+
+def test_bags_and_norms_that_run_again_are_placed() -> None:
+    torch.manual_seed(0)
+    model, rows = Bags().train(), torch.randint(0, 50, (2048, 4))
+    run = compiled(model, memory_budget="60%")
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        run(rows).backward()
+    program, seen = pool().program, pool().statistics()
+    assert any("embedding_bag" in step.name for step in program.steps)
+    assert any(step.recompute and "batch_norm" in step.name for step in program.steps)
+    assert not pool().off and not pool()._missed
+    assert seen.arenas == 1 and seen.refused == 0
+
+
+def test_the_run_takes_what_measured_kernels_foretold(net: Net) -> None:
+    run = compiled(net, runtime_estimator="profile")
+    for _ in range(2):
+        step(run, net)
+    planned = recent_plans()[-1]
+    assert planned.layout is not None
+    assert pool().statistics().height == planned.layout.height
+    assert pool().statistics().refused == 0
+
+
+def test_a_kernel_that_allocates_otherwise_is_told_from_one_that_leaves_results_out() -> None:
+    program, _ = _three_steps()
+    wide = replace(program, steps=(replace(program.steps[0], makes=(0, 1)), *program.steps[1:]))
+    allocations = [native.Allocation(4096, 128, 0, 9), native.Allocation(8192, 512, 1, 2)]
+    seen = matched(wide, 0, (4096, None), allocations)
+    assert seen is not None and seen.results == {0: 0} and seen.own == [1]
+    assert matched(wide, 0, (4096, 12), allocations) is None
+    assert addresses((torch.empty(0), None, [torch.ones(2)]))[:2] == (0, None)
