@@ -8,7 +8,7 @@ reach. ``same_bits``: whether the gradients with a budget are those without one,
 
 ``python benchmarks/fusion.py smallest`` predicts the smallest peak of a step as it is, with regions, and with the
 rewrites of attention, loss and MLPs as well, over shapes alone: no kernel is compiled, the regions' own workspace is
-not counted. Both write their rows into ``results/fusion.json``.
+not counted. Both write their rows into ``results/fusion.json`` and the tables beside it; ``report`` the tables alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 import zoo
 from environment import environment
 from measure import HERE
+from tables import markdown, megabytes, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from memplan.backend import compile_with, recent_plans
@@ -38,6 +39,7 @@ from memplan.options import Options
 from memplan.passes.attention import FuseAttention
 from memplan.passes.chunk import ChunkLoss
 from memplan.passes.chunk_mlp import ChunkMLP
+from memplan.passes.experts import GroupExperts
 from memplan.passes.fuse import Fuse
 from memplan.realise import Planned
 from memplan.simulate import simulate
@@ -141,7 +143,7 @@ def smallest(model: str, size: str) -> Record:
         peaks.update(resident=planned.problem.resident_bytes, unfused=unfused, regions=_contracted(planned))
         best = min(unfused, peaks["regions"])
         kept = []
-        for rewrite in (FuseAttention(), ChunkLoss(), ChunkMLP()):
+        for rewrite in (FuseAttention(), GroupExperts(), ChunkLoss(), ChunkMLP()):
             rewritten = rewrite.apply(graph_module)
             if rewritten is not None and (peak := _contracted(_least(rewritten, inputs)[1])) < best:
                 graph_module, best = rewritten, peak
@@ -168,9 +170,43 @@ def _contracted(planned: Planned) -> int:
     return simulate(lowered.program).peak
 
 
+_RATIOS = ("fused/unfused", "fused@50%/unfused@50%", "fused/inductor")
+_BARE = ("unfused", "fused", "inductor")
+
+
+def steps_table(rows: dict[str, Record]) -> str:
+    """Times and peaks a model; the last line is the geometric mean."""
+    header = ["", "products alone", "fused / unfused", "at 50 %", "fused / Inductor", "MB unfused", "fused", "Inductor"]
+    lines = [
+        [
+            model,
+            ratio(row["products"]),
+            *(ratio(row["ratios"].get(name)) for name in _RATIOS),
+            *(megabytes(row["rows"].get(name, {}).get("peak_above")) for name in _BARE),
+        ]
+        for model, row in rows.items()
+    ]
+    found = [[row["ratios"][name] for row in rows.values() if row["ratios"].get(name)] for name in _RATIOS]
+    means = [ratio(statistics.geometric_mean(values)) if values else "" for values in found]
+    return markdown(header, [*lines, ["geometric mean", "", *means, "", "", ""]])
+
+
+def smallest_table(rows: dict[str, Record]) -> str:
+    lines = [
+        [model, *(f"{row[name] / 1e6:.2f}" for name in ("unfused", "regions", "rewritten")), ", ".join(row["kept"])]
+        for model, row in rows.items()
+    ]
+    return markdown(["", "unfused", "regions", "and rewrites", "rewrites kept"], lines)
+
+
+def write_tables(report: Record, beside: Path) -> None:
+    beside.with_name("fusion_steps.md").write_text(steps_table(report["steps"]) + "\n")
+    beside.with_name("fusion_smallest.md").write_text(smallest_table(report["smallest"]) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "smallest"])
+    parser.add_argument("what", choices=["steps", "smallest", "report"])
     parser.add_argument("--models", nargs="+", choices=list(zoo.MODELS), metavar="MODEL")
     parser.add_argument("--size", choices=["small", "bench"])
     parser.add_argument("--budgets", nargs="+", default=["50%", "25%"])
@@ -178,6 +214,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fusion.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.what == "report":
+        write_tables(json.loads(given.out.read_text()), given.out)
+        return
     size = given.size or ("bench" if given.what == "steps" else "small")
     models = given.models or (("gpt", "resnet") if given.what == "steps" else TRANSFORMERS)
     if given.worker:
@@ -196,6 +235,7 @@ def main() -> None:
         report = json.loads(given.out.read_text()) if given.out.exists() else {"steps": {}, "smallest": {}}
         report[given.what][model] = row | {"environment": environment()}
         given.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_tables(report, given.out)
         shown = {k: v for k, v in row.items() if k != "rows"}
         print(model, json.dumps(shown))
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "limits.md")
+PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/limits.md", "docs/inductor.md"))
 
 
 def filled(text: str, results: Path) -> str:
