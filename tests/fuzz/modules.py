@@ -191,12 +191,21 @@ class Moving(nn.Module):
 
 @module
 class Experts(nn.Module):
-    """Tokens go to one of two linear maps each."""
+    """Tokens go to one of two linear maps each: as one sum, or as batched products from the left or the right."""
 
     def __init__(self, width: int, k: int) -> None:
         super().__init__()
+        self.k = k
         self.router, self.experts = nn.Linear(width, 2), nn.Parameter(torch.randn(2, width, width) / width**0.5)
 
     def forward(self, x: Tensor, past: Sequence[Tensor]) -> Tensor:
         weight, which = self.router(x).softmax(-1).max(-1)
-        return torch.einsum("bnd,bnde->bne", x, self.experts[which]) * weight.unsqueeze(-1)
+        if self.k % 2 == 0:
+            return torch.einsum("bnd,bnde->bne", x, self.experts[which]) * weight.unsqueeze(-1)
+        rows, mine = x.reshape(-1, x.shape[-1]), self.experts[which.reshape(-1)]
+        y = (
+            torch.bmm(rows.unsqueeze(1), mine).squeeze(1)
+            if self.k == 1
+            else torch.bmm(mine, rows.unsqueeze(2)).squeeze(2)
+        )
+        return y.view_as(x) * weight.unsqueeze(-1)
