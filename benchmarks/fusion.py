@@ -175,7 +175,7 @@ _BARE = ("unfused", "fused", "inductor")
 
 
 def steps_table(rows: dict[str, Record]) -> str:
-    """Times and peaks a model; the last line is the geometric mean."""
+    """Times and peaks a model; then geometric means, of all and without the least and the largest ratio."""
     header = ["", "products alone", "fused / unfused", "at 50 %", "fused / Inductor", "MB unfused", "fused", "Inductor"]
     lines = [
         [
@@ -186,9 +186,11 @@ def steps_table(rows: dict[str, Record]) -> str:
         ]
         for model, row in rows.items()
     ]
-    found = [[row["ratios"][name] for row in rows.values() if row["ratios"].get(name)] for name in _RATIOS]
-    means = [ratio(statistics.geometric_mean(values)) if values else "" for values in found]
-    return markdown(header, [*lines, ["geometric mean", "", *means, "", "", ""]])
+    found = [sorted(row["ratios"][name] for row in rows.values() if row["ratios"].get(name)) for name in _RATIOS]
+    for name, some in (("geometric mean", found), ("without the extremes", [values[1:-1] for values in found])):
+        means = [ratio(statistics.geometric_mean(values)) if values else "" for values in some]
+        lines.append([name, "", *means, "", "", ""])
+    return markdown(header, lines)
 
 
 def smallest_table(rows: dict[str, Record]) -> str:
