@@ -46,9 +46,12 @@ def test_no_step_holds_more_with_its_arena(recipe: Recipe, percent: int, strided
     gc.collect()
     for pool in Pool.all():
         if pool.program is planned.lowered.program and not pool.off:
-            # A kernel whose temporaries need more in one piece than in all has made the pool place anew, in the budget.
-            held = pool.layout.held(pool.program)
-            assert pool.layout.fragmentation <= 0.01
+            # A kernel whose temporaries need more in one piece than in all may have lifted the arena, within the budget: by
+            # what it takes before its results are there at most.
+            held, layout, storages = pool.layout.held(pool.program), pool.layout, pool.program.storages
+            made = {at: sum(storages[s].size for s in step.makes) for at, step in enumerate(pool.program.steps)}
+            lifted = max((size + made[at] for at, size in layout.workspaces.items()), default=0)
+            assert layout.height <= 1.01 * layout.load + lifted
     assert planned.problem.resident_bytes + above <= held
     assert planned.budget is not None and held <= planned.budget
 
@@ -85,8 +88,8 @@ def measured(model: Model, x: torch.Tensor, budget: str | int, arena: bool = Fal
     except memplan.BudgetInfeasibleError as error:
         assert error.smallest is not None and not isinstance(budget, int)
         return measured(model, x, error.smallest, arena)
-    except torch._dynamo.exc.Unsupported:
-        assume(False)  # several graphs
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError):
+        assume(False)  # several graphs, or a number that dynamo will not guess (a norm's average over all batches)
     (planned,) = recent_plans()[-1:]
     assume(planned not in before)  # the graph ran unplanned
     return planned, above
