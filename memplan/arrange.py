@@ -33,8 +33,11 @@ class Arranger:
         workspaces: dict[int, int] = {}
         most = 0
         for at, (step, binding) in enumerate(zip(program.steps, lowered.bindings, strict=True)):
-            workspaces[at], node = step.workspace, binding.node
-            if node is not None and isinstance(node.target, torch._ops.OpOverload):
+            node = binding.node
+            if node is None:
+                continue  # the caller's doing
+            workspaces[at] = step.workspace
+            if isinstance(node.target, torch._ops.OpOverload):
                 past = unseen(signature(node), torch.get_num_threads())
                 workspaces[at] = max(0, step.workspace - past)
                 most = max(most, past)

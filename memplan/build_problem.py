@@ -174,12 +174,17 @@ class _Builder:
     def _tangents(self, placeholders: list[fx.Node]) -> None:
         """The output's gradients: made by the caller at the start of the backward, and held by it to the end.
 
-        Each is a tensor of its own, though its fake one may be the output itself, which may look at an input.
+        Each is a tensor of its own, though its fake one may be the output itself, which may look at an input. One that
+        the caller does not give is zeros, contiguous; where the backward expects other strides, AOTAutograd copies it.
         """
+        copied = 0
         for node in placeholders:
             self._storages(node, {}, Category.GRADIENT, str(node.target))
+            if not all(tensor.is_contiguous() for tensor in tensors(node.meta.get("val"))):
+                copied += sum(self.buffers[b].size for b in self.buffer_of[node])
         made = tuple(dict.fromkeys(b for n in placeholders for b in self.buffer_of[n]))
-        self.ops.append(Op(TANGENTS, TANGENTS, writes=made, workspace=self.meanwhile, phase=Phase.BACKWARD, once=True))
+        meanwhile = max(self.meanwhile, copied)
+        self.ops.append(Op(TANGENTS, TANGENTS, writes=made, workspace=meanwhile, phase=Phase.BACKWARD, once=True))
         self.nodes.append(tuple(placeholders))
 
     def _node(self, node: fx.Node) -> None:

@@ -30,8 +30,8 @@ class Layout:
     """Where the storages of one Program stand in its arena, in bytes.
 
     ``load``: the largest sum of living bytes; no layout is lower. ``outside``: bytes that may be held at one instant
-    beyond the resident storages and the arena: what the caller is handed in the forward, the gradients it hands in, and
-    what a kernel takes past torch's allocator.
+    beyond the resident storages and the arena: what the caller is handed in the forward, the gradients it hands in and what
+    it takes to make them, and what a kernel takes past torch's allocator.
     """
 
     offsets: Mapping[int, int]  # storage -> offset
@@ -202,8 +202,11 @@ def _lives(program: Program) -> dict[int, tuple[int, int]]:
 
 
 def _most(program: Program, lives: Mapping[int, tuple[int, int]], storages: set[int]) -> int:
-    events = sorted(event for s in storages if s in lives for event in _events(lives[s], program.storages[s].size))
-    return _running_maximum(events)
+    """Most bytes held at one instant of the storages and of what the caller takes at the handover."""
+    events = [event for s in storages if s in lives for event in _events(lives[s], program.storages[s].size)]
+    for at in _handover(program):
+        events += _events((at, at + 1), program.steps[at].workspace)
+    return _running_maximum(sorted(events))
 
 
 def _load(problem: PlacementProblem) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from memplan.directories import cache_directory
 
 # The file's name carries the schema, so that an old memplan and a new one leave each other's file alone.
-_FILE = "measurements-1.sqlite3"
+_FILE = "measurements-2.sqlite3"
 _TABLE = """CREATE TABLE IF NOT EXISTS measured (
     environment TEXT, key TEXT, numbers TEXT NOT NULL, PRIMARY KEY (environment, key)) WITHOUT ROWID"""
 _BUSY_S = 5.0

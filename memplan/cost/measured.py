@@ -24,6 +24,7 @@ from torch import fx
 from memplan.cost import Cost
 from memplan.cost.analytic import AnalyticCost, is_view, round_up
 from memplan.cost.cache import Cache
+from memplan.cost.pages import faults, seconds_per_fault, unavoidable
 from memplan.cost.signature import Layout, Signature, results, signature
 from memplan.cost.workspace import BLOCKED_LOSS, EXPERT_PRODUCTS, EXPERT_SUMS, OWN_RULES, masked_positions, unseen
 from memplan.devices import profile_for
@@ -32,7 +33,8 @@ from memplan.torch_compat import allocation_events, clear_blas_workspaces
 log = logging.getLogger("memplan")
 aten = torch.ops.aten
 
-# Three repetitions tell an outlier from the median; small ops repeat up to 10 ms for a steadier one, large ones twice.
+# Three repetitions tell an outlier from the median; small ops repeat up to 10 ms for a steadier one, large ones twice, and
+# what takes over 40 ms once, after the run that is not timed.
 _MAX_REPETITIONS, _BUDGET_S = 11, 0.01
 # A GPU's op shorter than this is timed in bursts: waiting for the device costs as much as the op.
 _SHORT_S = 1e-3
@@ -143,7 +145,8 @@ def measure(described: Signature, granularity: int) -> Cost:
         del made
         kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
         held = max(0, max(accumulate(events), default=0) - kept)
-        return Cost(_median_time(run, on_gpu), round_up(held, granularity))
+        fresh = unavoidable(size for size in events if size > 0)
+        return Cost(_median_time(run, on_gpu, fresh), round_up(held, granularity))
 
 
 @contextmanager
@@ -169,8 +172,8 @@ def _on_made_up_operands(described: Signature) -> Iterator[tuple[Callable[[], An
             clear_blas_workspaces()
 
 
-def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:
-    """Microseconds of one run, freeing its results included."""
+def _median_time(run: Callable[[], Any], on_gpu: bool, fresh: int) -> float:
+    """Microseconds of one run, freeing its results included, on memory that was touched before but for ``fresh`` pages."""
     # Alone on its core, an op's processor time is its time, whatever else the machine is doing.
     clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
     times: list[float] = []
@@ -179,12 +182,15 @@ def _median_time(run: Callable[[], Any], on_gpu: bool) -> float:
         if on_gpu:
             burst = 10 if times and times[-1] < _SHORT_S else 1
             torch.cuda.synchronize()
-        start = clock()
+        touched, start = faults(), clock()
         for _ in range(burst):
             run()
         if on_gpu:
             torch.cuda.synchronize()
-        times.append((clock() - start) / burst)
+        spent = (clock() - start) / burst
+        by_chance = max(0, faults() - touched - fresh) * (not on_gpu)
+        # An op does no less than nothing: what faults cost is a mean, and theirs may have cost less.
+        times.append(max(spent - by_chance * seconds_per_fault(), spent / 10))
     return statistics.median(times) * 1e6
 
 
@@ -192,7 +198,7 @@ def _is_enough(times: list[float]) -> bool:
     spent = sum(times)
     if spent < _BUDGET_S:
         return len(times) >= _MAX_REPETITIONS
-    return len(times) >= (2 if spent > 2 * _BUDGET_S else 3)
+    return len(times) >= (1 if spent > 4 * _BUDGET_S else 2 if spent > 2 * _BUDGET_S else 3)
 
 
 def index_bound(described: Signature) -> int:

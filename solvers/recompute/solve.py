@@ -34,6 +34,7 @@ MANY = 1000  # ops from which annealing is slower than the presence programs
 EXACT = 1e-6  # of the added time: what the whole units of the presence programs leave, so a bound this close is met
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
 WORTHWHILE = 0.01  # of the time: below such a gap restarts found nothing on graphs that leave little of the order free
+SMALL = 0.005  # of the time: and below such a gap to the bound of any order, a tenth of it
 FREE = 0.98  # where another order alone brings the peak below this share, plans keep little of the stored order
 
 
@@ -104,13 +105,12 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
     """Fill ``search.best``; returns the bounds.
 
     First any sequence that fits, maybe an order that needs no recomputation. Then the presence programs, whose sequence
-    is often optimal for the stored order, and beside them what the rules of eviction give; annealing, on two cores, where
-    a gap is left.
+    is often optimal for the stored order, and beside them what the rules of eviction give; a bound for any order; annealing,
+    on two cores, where a gap is left.
     """
     problem, room = search.problem, budget - search.problem.resident_bytes
     total, work = problem.total_time, search.limits.work
     stored = tuple(range(len(problem.ops)))
-    small = len(problem.ops) <= MANY
     lowest, ordered = lowest_sequence(search, floor, start, enough=budget)
     if search.best.low[1] > room:
         search.infeasible = budget < floor or proves_infeasible(problem, budget, int(WORK * work))
@@ -130,27 +130,32 @@ def _search(search: Search, budget: int, floor: int, start: Sequence[int] | None
     search.say(f"presence programs: no plan in stored order is faster than {fixed:.6g}")
     if relaxed.sequence is not None and is_valid(problem, relaxed.sequence):
         search.round(relaxed.sequence, room, *BRIEF)
-    # A plan faster than the bound for the stored order has another order, and that bound says nothing about it.
-    within = (fixed * (1 - 1e-9), fixed * (1 + CLOSE))
-    if not within[0] <= search.best.time[0] <= (within[1] if free else fixed * (1 + WORTHWHILE)):
-        first, then = ((HOT, *(WIDE,) * RESTARTS), (WIDE,) * RESTARTS) if small else ((HOT,), ())
-
-        def both(one: Search) -> None:
-            one.rounds(start or stored, room, first, PATIENCE)
-            one.rounds(None, room, then, PATIENCE)
-            one.rounds(None, room, (COLD,), 1)
-
-        twin.adopt(search)
-        search.beside(lambda: both(search), lambda: both(twin))
-        search.adopt(twin)
-    polish = () if within[0] <= search.best.time[0] <= within[1] else (COLD,)
     goal = float(search.best.time[0])
-    loose = search.beside(
-        lambda: search.rounds(None, room, polish, 1),
-        lambda: any_order_bound(problem, budget, goal, search.deadline, BOUNDING * work),
-    )
+    loose = any_order_bound(problem, budget, goal, search.deadline, BOUNDING * work)
     search.say(f"no plan in any order is faster than {loose:.6g}")
+    # A plan faster than the bound for the stored order has another order, and that bound says nothing about it.
+    least = fixed * (1 - 1e-9)
+    stays = fixed * (1 + (CLOSE if free else WORTHWHILE))
+    if goal > loose * (1 + SMALL) and not least <= goal <= stays:
+        _anneal(search, twin, start or stored, room)
+    if not least <= search.best.time[0] <= fixed * (1 + CLOSE):
+        search.rounds(None, room, (COLD,), 1)
     return Bounds(max(fixed, loose), loose)
+
+
+def _anneal(search: Search, twin: Search, start: Sequence[int], room: int) -> None:
+    """Anneal on two cores: from the start and from the fastest so far, then cold."""
+    small = len(start) <= MANY
+    first, then = ((HOT, *(WIDE,) * RESTARTS), (WIDE,) * RESTARTS) if small else ((HOT,), ())
+
+    def rounds(one: Search) -> None:
+        one.rounds(start, room, first, PATIENCE)
+        one.rounds(None, room, then, PATIENCE)
+        one.rounds(None, room, (COLD,), 1)
+
+    twin.adopt(search)
+    search.beside(lambda: rounds(search), lambda: rounds(twin))
+    search.adopt(twin)
 
 
 def _evict(search: Search, room: int, order: Sequence[int]) -> None:

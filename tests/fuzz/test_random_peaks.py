@@ -21,6 +21,12 @@ from tests.peak import peak_above
 SHAPES = st.sampled_from(((4, 16, 32), (3, 32, 64), (8, 64, 16)))
 NORMS = Recipe((("batch_norm_frozen", 2), ("batch_norm_frozen", 2), ("statistics", 0)), shape=(8, 64, 16), alone=True)
 
+# Outputs with other strides than the zeros that stand for the gradients nobody gives
+STRIDED = Recipe(
+    (("activation", 0), ("attention", 0), ("activation", 0)),
+    (("view", 0), ("view", 1), ("twice", 2)),
+    shape=(8, 64, 16),
+)
 SIZES = Recipe((("Counter", 2), ("data_dependent", 3)), shape=(3, 32, 64))
 
 
@@ -37,6 +43,7 @@ def test_no_step_holds_more_than_its_plan_says(recipe: Recipe, percent: int, str
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler builds arena.cpp here")
+@example(STRIDED, 160, False)
 @cases(8, 200)
 @given(recipes(LONGEST, SHAPES), st.sampled_from((160, 110)), st.booleans())
 def test_no_step_holds_more_with_its_arena(recipe: Recipe, percent: int, strided: bool) -> None:
