@@ -47,8 +47,8 @@ _MAPPED, _PAGE = 128 << 10, 4096
 # without: they are few, and the arena knows them by their size.
 _OBJECTS = 512
 
-# Operands that do not influence the outputs a recomputation is read for: running statistics of a batch norm in training
-# only feed the new statistics, whose one reader (the copy back) has run by then.
+# Operands that only feed results of the same place: running statistics of a batch norm in training and the new ones. What
+# copies those back has mostly run before the norm runs again; it is then read for its other results.
 STATISTICS_ONLY: dict[object, tuple[int, ...]] = {
     torch.ops.aten._native_batch_norm_legit_functional.default: (3, 4),
 }
@@ -369,12 +369,25 @@ def _with_order(problem: Problem, draws: set[int]) -> Problem:
             last_draw = i
     ops = []
     for i, op in enumerate(problem.ops):
-        once = op.once or (i in frozen and op.target not in _STATISTICS_TARGETS)
+        once = op.once or (i in frozen and not _only_statistics_change(problem, i))
         ops.append(replace(op, once=once, after=tuple(sorted(after[i] - {i})), after_all=tuple(sorted(after_all[i]))))
     return replace(problem, ops=tuple(ops))
 
 
 _STATISTICS_TARGETS = {str(target) for target in STATISTICS_ONLY}
+_NEW_STATISTICS = min(min(places) for places in STATISTICS_ONLY.values())  # among such an op's results
+
+
+def _only_statistics_change(problem: Problem, i: int) -> bool:
+    """Whether op ``i`` may run again after its operands have changed: a norm whose new statistics go nowhere but back to
+    those operands, or to the norm that goes on from them."""
+    op = problem.ops[i]
+    if op.target not in _STATISTICS_TARGETS:
+        return False
+    made = op.writes[_NEW_STATISTICS:]
+    readers = [problem.ops[r] for b in made for r in problem.readers[b]]
+    back = all(r.target in _STATISTICS_TARGETS or not set(op.reads).isdisjoint(r.mutates) for r in readers)
+    return back and set(made).isdisjoint(problem.outputs)
 
 
 def _cost(model: CostModel, node: fx.Node) -> Cost:

@@ -70,12 +70,21 @@ class _Writer:
             self._resolve(source)
         new = self._copy(kernel)
         new.meta[RECOMPUTE] = again
-        if again:
+        if again and not self._owes_statistics(op):
             _as_second_run(new, [k for k, a in enumerate(kernel.args) if self._is_resident(a)])
         for item in getitems:
             self._copy(item)
         if not again:
             self._sizes()
+
+    def _owes_statistics(self, op: int) -> bool:
+        """Whether the statistics that a norm makes are still to be read for the first time: by what keeps them, or by the
+        norm that goes on from them and owes its own. Nothing has changed the norm's operands until then."""
+        kernel, *getitems = self.built.nodes[op]
+        at = STATISTICS_ONLY.get(kernel.target, ())
+        made = {b for item in getitems if item.args[1] in at for b in self.built.buffer_of[item]}
+        readers = {reader for b in made for reader in self.built.problem.readers[b]}
+        return any(reader not in self.ran or self._owes_statistics(reader) for reader in readers)
 
     def _is_resident(self, argument: object) -> bool:
         """Whether an argument looks at what is there throughout: no op makes it."""
