@@ -23,10 +23,14 @@ from typing import Any
 import torch
 import zoo
 from environment import environment
+from graph_families import random_layered
 from measure import HERE
 from tables import markdown
 
+from memplan.solvers.order import solve_order
+
 CONTENDERS = ("eager", "aot_eager", "memplan", "inductor")
+_SOLVERS = "solvers"  # no contender: compiles what easy models do without, once on a machine
 _ANOTHER = ("vit", "small")
 MODELS = ("gpt", "gpt2", "llama", "vit", "bert", "t5", "resnet50", "efficientnet")
 
@@ -34,6 +38,9 @@ MODELS = ("gpt", "gpt2", "llama", "vit", "bert", "t5", "resnet50", "efficientnet
 def first_step(model: str, size: zoo.Size, contender: str, budget: str) -> float:
     """CPU seconds of the first step, its compilation included."""
     torch.set_num_threads(1)
+    if contender == _SOLVERS:
+        solve_order(random_layered(40, seed=0))
+        return 0.0
     workload = zoo.build(model, size)
     options: dict[str, Any] = {"options": {"memory_budget": budget}} if contender == "memplan" else {}
     run = workload.model if contender == "eager" else torch.compile(workload.model, backend=contender, **options)
@@ -59,7 +66,7 @@ def measured(model: str, size: str, contender: str, budget: str, cache: Path) ->
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in this process, which counts it
         }
         done = subprocess.run(command, env=os.environ | environ, stdout=subprocess.PIPE, text=True, check=True)
-        if contender == "memplan" and not any(cache.iterdir()):
+        if (model, size) == _ANOTHER:
             shutil.copytree(own, cache, dirs_exist_ok=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -93,7 +100,7 @@ def main() -> None:
     parser.add_argument("--size", default="bench", choices=["small", "bench"])
     parser.add_argument("--budget", default="50%")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "compile_time.json")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONTENDERS, _SOLVERS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         print(first_step(given.models[0], given.size, given.worker, given.budget))
@@ -101,7 +108,7 @@ def main() -> None:
     report = json.loads(given.out.read_text()) if given.out.exists() else {"rows": {}}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
-        for contender in ("memplan", "inductor"):  # the first use on this machine
+        for contender in (_SOLVERS, "memplan", "inductor"):  # the first use on this machine
             measured(*_ANOTHER, contender, given.budget, cache)
         for model in given.models:
             found = row(model, given.size, given.budget, cache)
