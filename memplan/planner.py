@@ -232,7 +232,7 @@ def _placed(planned: Planned, budget: int | None, seek: _Seek, arranger: Arrange
             return candidate
         if not options.recompute_enabled:
             break
-        tightened -= candidate.held - budget
+        tightened = min(tightened, candidate.timeline.peak) - (candidate.held - budget)
         candidate = finished(seek.plan(tightened), options, Fuse(budget, options.lowering))
         if candidate.timeline.peak > tightened or candidate.plan.time > _ARENA_MAY_COST * planned.plan.time:
             break
