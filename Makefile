@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz test-torch check format lint types bench clean
+.PHONY: demo test fuzz test-torch frontier check format lint types clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,11 @@ test: $(VENV)/.ready
 # Thousands of random models, other ones on every run
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 tests/fuzz --hypothesis-profile nightly
+
+# Memory against time, every model and contender: days; an interrupted run goes on where it was. QUICK=--quick takes minutes.
+QUICK ?=
+frontier: $(VENV)/.ready
+	$(BIN)/python benchmarks/frontier.py $(QUICK)
 
 # The tests of what meets torch, under another one, in an environment of its own: `make test-torch TORCH=2.11.0`. Set PIP_INDEX_URL
 # to an index of CPU builds: on Linux the default one has those with CUDA.

@@ -58,6 +58,11 @@ def size_hint(value: Any) -> int:
     return int(getattr(symbolic_shapes, renamed)(value))
 
 
+def direct(target: Any) -> Callable[..., Any]:
+    """What a call of an op's overload comes to, without the Python frame between."""
+    return target._op if isinstance(target, torch._ops.OpOverload) else target
+
+
 def unplanned(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a graph of AOTAutograd's as it stands; arguments are given up as they are used."""
     from torch._dynamo.backends.debugging import boxed_nop

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import fx
 
+from memplan import torch_compat
 from memplan.lower import Binding, Lowered
 from memplan.runtime.arena import Script
 
@@ -24,7 +27,7 @@ class Executable:
         self._script = script
         self._inputs = lowered.inputs
         self._slots = len(lowered.slot_of)
-        self._calls = [_bind(graph_module, binding, lowered.slot_of) for binding in lowered.bindings]
+        self._calls = _written(graph_module, lowered)
         self._outputs = [
             (lowered.slot_of[value], None) if isinstance(value, fx.Node) else (-1, value) for value in lowered.outputs
         ]
@@ -44,69 +47,61 @@ class Executable:
         return [slots[slot] if slot >= 0 else constant for slot, constant in self._outputs]
 
 
-def _bind(module: fx.GraphModule, binding: Binding, slot_of: dict[fx.Node, int]) -> Call:
-    if binding.node is None:
-        return _free(binding.drops)
-    if binding.node.op == "get_attr":
-        return _constant(module, binding)
-    return _kernel(binding, slot_of)
+def _written(module: fx.GraphModule, lowered: Lowered) -> list[Call]:
+    """One Python function a step, its operands' slots written out: on small tensors a step's time is that of its calls."""
+    calls: list[Call] = []
+    constants: dict[str, Any] = {}  # no function is put here: those that know it would be cyclic garbage
+    lines = []
+    for binding in lowered.bindings:
+        writer = _Writer(constants, lowered.slot_of)
+        name = "free" if binding.node is None else binding.node.name
+        lines += [
+            f"def {name}(slots):",
+            *(f" {line}" for line in writer.body(module, binding)),
+            f"__calls.append({name})",
+        ]
+    exec(compile("\n".join(lines), "<memplan program>", "exec"), constants, {"__calls": calls})  # noqa: S102 - our own text
+    return calls
 
 
-def _free(drops: tuple[int, ...]) -> Call:
-    def free(slots: Slots) -> None:
-        for slot in drops:
-            slots[slot] = None
+@dataclass(frozen=True)
+class _Writer:
+    """The text of steps; what it cannot spell it names in ``constants``."""
 
-    return free
+    constants: dict[str, Any]
+    slot_of: dict[fx.Node, int]
 
+    def body(self, module: fx.GraphModule, binding: Binding) -> list[str]:
+        node = binding.node
+        if node is None:
+            return [f"slots[{slot}] = None" for slot in binding.drops] or ["pass"]
+        if node.op == "get_attr":
+            return [f"slots[{binding.results[0][1]}] = {self._named(attrgetter(str(node.target))(module))}"]
+        given = [self._text(a) for a in node.args] + [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
+        call = f"value = {self._named(torch_compat.direct(node.target))}({', '.join(given)})"
+        kept = [f"slots[{slot}] = value" + (f"[{place}]" if place >= 0 else "") for place, slot in binding.results]
+        return [call, *kept, "return value"]
 
-def _constant(module: fx.GraphModule, binding: Binding) -> Call:
-    assert binding.node is not None
-    value: Any = module
-    for name in str(binding.node.target).split("."):
-        value = getattr(value, name)
-    slot = binding.results[0][1]
+    def _text(self, value: Any) -> str:
+        """An argument: slots for its nodes, everything else as it is."""
+        if isinstance(value, fx.Node):
+            return f"slots[{self.slot_of[value]}]"
+        if not _holds_nodes(value):
+            return self._named(value)
+        if isinstance(value, slice):
+            return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{self._named(k)}: {self._text(v)}" for k, v in value.items()) + "}"
+        inside = "".join(f"{self._text(v)}, " for v in value)
+        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
 
-    def constant(slots: Slots) -> None:
-        slots[slot] = value
-
-    return constant
-
-
-def _kernel(binding: Binding, slot_of: dict[fx.Node, int]) -> Call:
-    node = binding.node
-    assert node is not None and callable(node.target)
-    target, results = node.target, binding.results
-    args = list(node.args)
-    from_slots = [(k, slot_of[a]) for k, a in enumerate(args) if isinstance(a, fx.Node)]
-    nested = [(k, _template(a, slot_of)) for k, a in enumerate(args) if _holds_nodes(a)]
-    kwargs = dict(node.kwargs)
-    named = [(k, _template(v, slot_of)) for k, v in kwargs.items() if isinstance(v, fx.Node) or _holds_nodes(v)]
-
-    def kernel(slots: Slots) -> Any:
-        given = args.copy()
-        for k, slot in from_slots:
-            given[k] = slots[slot]
-        for k, fill in nested:
-            given[k] = fill(slots)
-        value = target(*given, **(kwargs | {k: fill(slots) for k, fill in named} if named else kwargs))
-        for place, slot in results:
-            slots[slot] = value if place < 0 else value[place]
-        return value
-
-    return kernel
+    def _named(self, value: Any) -> str:
+        name = f"__{len(self.constants)}"
+        self.constants[name] = value
+        return name
 
 
 def _holds_nodes(value: Any) -> bool:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
-    return bool(found) and not isinstance(value, fx.Node)
-
-
-def _template(value: Any, slot_of: dict[fx.Node, int]) -> Callable[[Slots], Any]:
-    """A function that rebuilds a nested argument from the slots."""
-
-    def fill(slots: Slots) -> Any:
-        return fx.node.map_arg(value, lambda n: slots[slot_of[n]])
-
-    return fill
+    return bool(found)
