@@ -9,6 +9,7 @@ from torch import fx
 
 from memplan.passes.duplicates import MergeDuplicates
 from memplan.passes.masks import KnownMasks
+from memplan.passes.views import MergeViews
 
 
 @dataclass(frozen=True)
@@ -19,5 +20,5 @@ class Simplify:
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         """Returns whether the graph changed."""
-        modified = [rewrite.apply(graph_module) for rewrite in (KnownMasks(), MergeDuplicates())]
+        modified = [rewrite.apply(graph_module) for rewrite in (KnownMasks(), MergeViews(), MergeDuplicates())]
         return any(modified)
