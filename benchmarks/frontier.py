@@ -109,9 +109,10 @@ def main() -> None:
         with Bench(results, given.pairs, given.threads, given.force) as bench:
             run(bench, Plan(selected(given), chosen(given.rivals), given.budgets, tuple(given.lowerings)))
     text = report(results.data)
-    path.with_name("frontier.md").write_text(text)
-    plot.frontier(results.data, path.with_name("frontier.svg"))
-    plot.prediction(results.data, path.with_name("prediction.svg"))
+    of = "" if path.stem == "training" else f"_{path.stem}"  # other sizes and dtypes: reports of their own
+    path.with_name(f"frontier{of}.md").write_text(text)
+    plot.frontier(results.data, path.with_name(f"frontier{of}.svg"))
+    plot.prediction(results.data, path.with_name(f"prediction{of}.svg"))
     Console(width=160).print(text, markup=False)
 
 

@@ -2,9 +2,10 @@
 
 ``python benchmarks/predicted_time.py --models gpt vit`` writes ``results/predicted_time.json`` and the table beside it. The
 measured ratio of a round is a step's processor time by that of the unbudgeted step of the same round; a row has their
-median. The allocator keeps what it was given (``KEEPING``): the first touch of a page takes several times the writing of
-it, and how many fresh pages a step meets under glibc's defaults is a matter of its history. The times of the frontier,
-each contender in a process of its own under the defaults, have that in them.
+median. The allocator keeps what it was given (``KEEPING``) but for the blocks that glibc maps anew in any state: the
+first touch of a page takes several times the writing of it, and how many fresh pages a step meets under glibc's defaults
+is a matter of its history. The times of the frontier, each contender in a process of its own under the defaults, have
+that in them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from memplan.backend import recent_plans
 SHARES = (75, 50, 35, 25)  # percent of the unbudgeted step's peak
 SMALLEST = "smallest"
 CLOSE = 0.05
-KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 Step = Callable[[], None]
 
 
