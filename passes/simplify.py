@@ -9,16 +9,19 @@ from torch import fx
 
 from memplan.passes.duplicates import MergeDuplicates
 from memplan.passes.masks import KnownMasks
+from memplan.passes.slices import JoinSlices
 from memplan.passes.views import MergeViews
 
 
 @dataclass(frozen=True)
 class Simplify:
-    """Less to compute and to hold, with the same bits, whatever the budget."""
+    """Less to compute and to hold, with the same numbers, whatever the budget."""
 
     name: ClassVar[str] = "simplify"
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         """Returns whether the graph changed."""
-        modified = [rewrite.apply(graph_module) for rewrite in (KnownMasks(), MergeViews(), MergeDuplicates())]
+        modified = [
+            rewrite.apply(graph_module) for rewrite in (KnownMasks(), JoinSlices(), MergeViews(), MergeDuplicates())
+        ]
         return any(modified)
