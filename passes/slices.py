@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,9 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import fx
 
+from memplan import torch_compat
+
 aten = torch.ops.aten
 
-_SLICES = (aten.select_backward.default, aten.slice_backward.default)
+_SELECTED = (aten.select_backward.default,)
+_SLICES = (*_SELECTED, aten.slice_backward.default)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class JoinSlices:
     def apply(self, graph_module: fx.GraphModule) -> bool:
         """Returns whether the graph changed."""
         graph = graph_module.graph
+        if not any(node.target in _SLICES for node in graph.nodes):
+            return False
         modified = False
         within: set[fx.Node] = set()  # sums that a larger one holds
         for node in reversed(graph.nodes):
@@ -40,21 +46,23 @@ class JoinSlices:
                     node.replace_all_uses_with(joined)
                     within.update(sums)
                     modified = True
-        if modified:
-            graph.eliminate_dead_code()
-            graph_module.recompile()
+        graph.eliminate_dead_code()
+        graph_module.recompile()
         return modified
 
 
 class _Slice(NamedTuple):
-    """A term that is zero but for ``start`` to ``stop`` along ``dim``; ``gradient`` has that dimension or, where it was
-    selected, has lost it."""
+    """A term that is zero but for ``start`` to ``stop`` along ``dim``."""
 
     start: int
     stop: int
     dim: int
-    gradient: fx.Node
-    selected: bool
+    term: fx.Node
+
+    @property
+    def gradient(self) -> fx.Node:
+        """Has that dimension or, where it was selected, has lost it."""
+        return self.term.args[0]  # type: ignore[return-value]
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -107,27 +115,42 @@ def _slice(node: fx.Node) -> _Slice | None:
     if node.target not in _SLICES:
         return None
     arguments: Any = node.args
-    gradient, sizes, dim, *place = arguments
+    _, sizes, dim, *place = arguments
     if not all(type(number) is int for number in (*sizes, dim, *place)):
         return None
     dim, size = dim % len(sizes), sizes[dim]
-    if node.target is aten.select_backward.default:
+    if node.target in _SELECTED:
         start = place[0] % size
-        return _Slice(start, start + 1, dim, gradient, selected=True)
+        return _Slice(start, start + 1, dim, node)
     start, stop, step = slice(*place).indices(size)
-    return _Slice(start, max(start, stop), dim, gradient, selected=False) if step == 1 else None
+    return _Slice(start, max(start, stop), dim, node) if step == 1 else None
 
 
 def _pieces(graph: fx.Graph, like: fx.Node, parts: list[_Slice], shape: torch.Size) -> Iterator[fx.Node]:
     """What the whole consists of along the parts' dimension, zeros between them included."""
     dim, reached = parts[0].dim, 0
+    small = _small_parts([part.gradient for part in parts])
     for part in parts:
         if part.start > reached:
             yield _zeros(graph, like, part, shape, part.start - reached)
-        yield _call(graph, like, aten.unsqueeze.default, part.gradient, dim) if part.selected else part.gradient
+        piece = part.gradient
+        if piece in small:
+            with graph.inserting_before(part.term):
+                piece = _call(graph, part.term, aten.clone.default, piece)
+        yield _call(graph, like, aten.unsqueeze.default, piece, dim) if part.term.target in _SELECTED else piece
         reached = part.stop
     if reached < shape[dim]:
         yield _zeros(graph, like, parts[0], shape, shape[dim] - reached)
+
+
+def _small_parts(gradients: list[fx.Node]) -> set[fx.Node]:
+    """Those of which less than half of their storage is read here: without a copy, all of it would be held until the last
+    gradient is there."""
+    read: dict[int, int] = defaultdict(int)
+    for node in gradients:
+        read[torch_compat.storage_key(node.meta["val"])] += node.meta["val"].nbytes
+    held = {node: node.meta["val"].untyped_storage().nbytes() for node in gradients}
+    return {node for node in gradients if held[node] > 2 * read[torch_compat.storage_key(node.meta["val"])]}
 
 
 def _zeros(graph: fx.Graph, like: fx.Node, part: _Slice, shape: torch.Size, size: int) -> fx.Node:

@@ -81,6 +81,24 @@ def test_slices_of_an_activation(function: Callable[[Tensor], Tensor], left: int
     assert wholes(function) == (left, joins)
 
 
+def test_a_gradient_that_is_a_view_of_something_large_is_copied() -> None:
+    def cell(y: Tensor) -> Tensor:
+        state = torch.zeros(4, 40)
+        for t in range(y.shape[1]):
+            state = torch.cat([y[:, t], state], 1)[:, :40].tanh()
+        return state
+
+    def copies() -> int:
+        targets = [n.target for n in recent_plans()[-1].scheduled.graph_module.graph.nodes]
+        return targets.count(aten.clone.default)
+
+    left, _ = wholes(cell)
+    assert left == 6  # of the states, each sliced alone
+    assert copies() == 6
+    assert wholes(lambda y: torch.cat([y[:, 0], y[:, 1]], 1).tanh()) == (0, 2)  # its own cat, and the join
+    assert copies() == 0, "all of it is read"
+
+
 def test_memory_formats_stay() -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(4, 8, 3, padding=1).to(memory_format=torch.channels_last)
