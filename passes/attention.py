@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from memplan import torch_compat
-from memplan.passes.calls import argument, copied, insert, name_of, only_user, value_of
+from memplan.passes.calls import argument, insert, name_of, only_user, rewritten, value_of
 from memplan.runtime.attention import NOTHING, attend
 
 
@@ -41,13 +41,7 @@ class FuseAttention:
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """The rewritten copy; None where nothing is to be rewritten."""
-        module = copied(graph_module)
-        rewritten = [_rewrite(module.graph, n) for n in module.graph.nodes if name_of(n) == "softmax"]
-        if not any(rewritten):
-            return None
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        return rewritten(graph_module, lambda node: name_of(node) == "softmax", _rewrite)
 
 
 def _rewrite(graph: fx.Graph, softmax: fx.Node) -> bool:

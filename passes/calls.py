@@ -66,6 +66,26 @@ def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def rewritten(
+    graph_module: fx.GraphModule, is_wanted: Callable[[fx.Node], bool], rewrite: Callable[[fx.Graph, fx.Node], bool]
+) -> fx.GraphModule | None:
+    """A copy in which ``rewrite`` changed some of the wanted nodes; None where it changed none.
+
+    What lost its last reader is gone, and nothing else: what nobody read before, ``count.add_(1)`` for one, changes
+    something in place."""
+    module = copied(graph_module)
+    graph = module.graph
+    unread = {node for node in graph.nodes if not node.users}
+    changed = [rewrite(graph, node) for node in [n for n in graph.nodes if is_wanted(n)]]
+    if not any(changed):
+        return None
+    for node in reversed(graph.nodes):
+        if not node.users and node not in unread and node.op != "placeholder":
+            graph.erase_node(node)
+    module.recompile()
+    return module
+
+
 def insert(graph: fx.Graph, like: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
     """A call just before ``like``, with its place in the user's source."""
     with graph.inserting_before(like):

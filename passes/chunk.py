@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from memplan.passes.calls import argument, copied, insert, name_of, only_user, value_of
+from memplan.passes.calls import argument, insert, name_of, only_user, rewritten, value_of
 from memplan.runtime.loss import loss_of_rows
 
 _CASTS = {"float", "to", "type", "contiguous"}
@@ -31,14 +31,8 @@ class ChunkLoss:
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """The rewritten copy; None where nothing is to be rewritten."""
-        module = copied(graph_module)
-        losses = [n for n in module.graph.nodes if name_of(n) in ("cross_entropy", "cross_entropy_loss")]
-        rewritten = [self._rewrite(module.graph, n) for n in losses]
-        if not any(rewritten):
-            return None
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        losses = ("cross_entropy", "cross_entropy_loss")
+        return rewritten(graph_module, lambda node: name_of(node) in losses, self._rewrite)
 
     def _rewrite(self, graph: fx.Graph, loss: fx.Node) -> bool:
         logits, target, made = argument(loss, 0, "input"), argument(loss, 1, "target"), value_of(loss)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from memplan.passes.calls import argument, copied, insert, name_of, value_of
+from memplan.passes.calls import argument, insert, name_of, rewritten, value_of
 
 _POINTWISE = {
     "gelu",
@@ -55,14 +55,7 @@ class ChunkMLP:
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """The rewritten copy; None where nothing is to be rewritten."""
-        module = copied(graph_module)
-        products = [n for n in module.graph.nodes if _factor(n) is not None]
-        rewritten = [self._rewrite(module.graph, n) for n in products]
-        if not any(rewritten):
-            return None
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        return rewritten(graph_module, lambda node: _factor(node) is not None, self._rewrite)
 
     def _rewrite(self, graph: fx.Graph, last: fx.Node) -> bool:
         middle, made = _middle(last), value_of(last)

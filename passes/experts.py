@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from memplan.passes.calls import argument, copied, insert, name_of, only_user, value_of
+from memplan.passes.calls import argument, insert, name_of, only_user, rewritten, value_of
 from memplan.runtime.experts import multiply_gathered
 
 
@@ -27,14 +27,7 @@ class GroupExperts:
 
     def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule | None:
         """The rewritten copy; None where nothing is to be rewritten."""
-        module = copied(graph_module)
-        products = [n for n in module.graph.nodes if name_of(n) == "matmul" and len(n.args) == 2]
-        rewritten = [_rewrite(module.graph, n) for n in products]
-        if not any(rewritten):
-            return None
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        return rewritten(graph_module, lambda node: name_of(node) == "matmul" and len(node.args) == 2, _rewrite)
 
 
 def _rewrite(graph: fx.Graph, product: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from memplan import torch_compat
-from memplan.passes.calls import argument, copied, name_of, value_of
+from memplan.passes.calls import argument, name_of, rewritten, value_of
 
 _NAME = "scaled_dot_product_attention"
 _ALL = slice(None, None, None)
@@ -31,20 +31,14 @@ class GroupedHeads:
         """The rewritten copy; None where nothing is to be rewritten."""
         if not any(_is_repeated(node) for node in graph_module.graph.nodes):
             return None
-        module = copied(graph_module)
-        rewritten = [_regroup(node) for node in module.graph.nodes if _is_repeated(node)]
-        if not any(rewritten):
-            return None
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        return rewritten(graph_module, _is_repeated, _regroup)
 
 
 def _is_repeated(node: fx.Node) -> bool:
     return name_of(node) == _NAME and len(node.args) >= 3 and all(_unrepeated(n) for n in node.args[1:3])
 
 
-def _regroup(node: fx.Node) -> bool:
+def _regroup(_: fx.Graph, node: fx.Node) -> bool:
     query, key, value = node.args[0], _unrepeated(node.args[1]), _unrepeated(node.args[2])
     if node.kwargs.get("enable_gqa") or not _stays_fused(node, query, key, value):
         return False

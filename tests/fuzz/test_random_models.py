@@ -19,6 +19,8 @@ LONGEST = 10 if NIGHTLY else 5
 
 # A training norm that runs again when one of its two new statistics is copied back and the other is not yet
 @example(Recipe((("batch_norm", 0), ("activation", 0)), shape=(2, 4, 8)), Run(60, arbitrary=0, peak=True))
+# A rewrite of one thing, experts here, that took counters of another's calls with it
+@example(Recipe((("Experts", 1), ("Conv2d", 0)), shape=(2, 2, 8)), Run(60, arbitrary=0, peak=True, fusion=True))
 @cases(70, 1400)
 @given(recipes(LONGEST), runs(arbitrary=True))
 def test_every_valid_plan_gives_what_eager_gives(recipe: Recipe, run: Run) -> None:

@@ -154,6 +154,27 @@ def test_repeated_heads_by_any_spelling() -> None:
         assert rewritten(spelling) == (k < len(spellings)), k
 
 
+def test_what_changes_in_place_outlives_a_rewrite() -> None:
+    class Counted(Attention):
+        def __init__(self) -> None:
+            super().__init__(causal, groups=1, layers=1)
+            self.norm = nn.BatchNorm1d(LENGTH)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)  # nobody reads what this returns
+            return super().forward(self.norm(x))
+
+    torch.manual_seed(0)
+    model = Counted()
+    run = torch.compile(model, backend="memplan", options=FAST)
+    for step in (1, 2):
+        run(tokens()).sum().backward()
+        assert int(model.calls) == int(model.norm.num_batches_tracked) == step
+    attention = [n for n in recent_plans()[-1].scheduled.graph_module.graph.nodes if "_flash_" in str(n.target)]
+    assert attention[0].args[1].meta["val"].shape[1] == 1, "and its heads are grouped"
+
+
 def rewritten(repeat: Callable[[Tensor], Tensor]) -> bool:
     """Whether the pass regroups an attention whose heads are repeated so; its values are then eager's."""
     found = []
