@@ -16,8 +16,8 @@ from memplan import torch_compat
 
 aten = torch.ops.aten
 
-_SELECTED = (aten.select_backward.default,)
-_SLICES = (*_SELECTED, aten.slice_backward.default)
+_SELECT = aten.select_backward.default
+_SLICES = (_SELECT, aten.slice_backward.default)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _slice(node: fx.Node) -> _Slice | None:
     if not all(type(number) is int for number in (*sizes, dim, *place)):
         return None
     dim, size = dim % len(sizes), sizes[dim]
-    if node.target in _SELECTED:
+    if node.target is _SELECT:
         start = place[0] % size
         return _Slice(start, start + 1, dim, node)
     start, stop, step = slice(*place).indices(size)
@@ -137,7 +137,7 @@ def _pieces(graph: fx.Graph, like: fx.Node, parts: list[_Slice], shape: torch.Si
         if piece in small:
             with graph.inserting_before(part.term):
                 piece = _call(graph, part.term, aten.clone.default, piece)
-        yield _call(graph, like, aten.unsqueeze.default, piece, dim) if part.term.target in _SELECTED else piece
+        yield _call(graph, like, aten.unsqueeze.default, piece, dim) if part.term.target is _SELECT else piece
         reached = part.stop
     if reached < shape[dim]:
         yield _zeros(graph, like, parts[0], shape, shape[dim] - reached)

@@ -51,9 +51,9 @@ def _written(module: fx.GraphModule, lowered: Lowered) -> list[Call]:
     """One Python function a step, its operands' slots written out: on small tensors a step's time is that of its calls."""
     calls: list[Call] = []
     constants: dict[str, Any] = {}  # no function is put here: those that know it would be cyclic garbage
+    writer = _Writer(constants, lowered.slot_of)
     lines = []
     for binding in lowered.bindings:
-        writer = _Writer(constants, lowered.slot_of)
         name = "free" if binding.node is None else binding.node.name
         lines += [
             f"def {name}(slots):",
