@@ -72,15 +72,19 @@ def verdicts(model: str, rows: dict[str, Record]) -> Iterator[Verdict]:
 
 def report(data: dict[str, Any]) -> str:
     """The whole report in Markdown."""
-    parts = ["# Memory against time", _machine(data["environment"]), *_findings(data["rows"])]
+    parts = ["# Memory against time", _machine(data), *_findings(data["rows"])]
     for model, rows in data["rows"].items():
         parts += [f"## {model}", _points_table(rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def _machine(data: dict[str, Any]) -> str:
+    environment = data["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    return f"{environment['processor']}, {environment['cores']} cores; {packages}; revision {environment['revision']}."
+    revisions = {record["revision"] for rows in data["rows"].values() for record in rows.values()}
+    where = f"{environment['processor']}, {environment['cores']} cores"
+    measured = f"revision {revisions.pop()}" if len(revisions) == 1 else f"{len(revisions)} revisions, which the JSON names"
+    return f"{where}; {packages}; rows measured at {measured}."
 
 
 def _findings(models: dict[str, dict[str, Record]]) -> Iterator[str]:
