@@ -87,11 +87,14 @@ def _stays_fused(node: fx.Node, *operands: Any) -> bool:
     values = [value_of(n) for n in operands]
     mask = argument(node, 3, "attn_mask")
     given = [v for v in (*values, value_of(mask)) if v is not None]
-    if len(given) != 3 + (mask is not None):
+    computed = value_of(node)
+    if computed is None or len(given) != 3 + (mask is not None):
         return False
     dropout, causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
 
-    def grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+    def grouped(*given: torch.Tensor) -> torch.Tensor:
+        # autocast, which is off here, may have narrowed what the call computes with
+        query, key, value, *mask = (t.to(computed.dtype) if t.is_floating_point() else t for t in given)
         hides = mask[0] if mask else None
         return scaled_dot_product_attention(query, key, value, hides, dropout, causal, enable_gqa=True)
 

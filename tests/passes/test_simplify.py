@@ -192,6 +192,27 @@ def rewritten(repeat: Callable[[Tensor], Tensor]) -> bool:
     return found[0] is not None
 
 
+def test_heads_are_grouped_under_autocast_where_keys_and_values_differ_in_dtype() -> None:
+    class Rotated(nn.Module):
+        """As rotary embeddings do it: queries and keys become float32 again, values stay narrow; autocast narrows all."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(WIDTH, heads * WIDTH) for heads in (HEADS, 2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                q, k, v = (f(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for f in (self.q, self.k, self.v))
+                q, k = q * torch.cos(q.float()), k * torch.cos(k.float())
+                k, v = (t.repeat_interleave(HEADS // 2, 1) for t in (k, v))
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True).float()
+
+    compare(Rotated, (torch.randn(BATCH, LENGTH, WIDTH),), tolerance=2e-2)
+    attention = [n for n in recent_plans()[-1].scheduled.graph_module.graph.nodes if "_flash_" in str(n.target)]
+    assert attention[0].args[1].meta["val"].shape[1] == 2, "its heads are grouped"
+    assert attention[0].args[1].meta["val"].dtype == torch.bfloat16
+
+
 def test_results_keep_storages_of_their_own() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
