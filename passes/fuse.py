@@ -19,7 +19,7 @@ from memplan import torch_compat
 from memplan.build_problem import BUFFER, OP, RECOMPUTE
 from memplan.capture import input_nodes, tensors
 from memplan.codegen.lowering import FusedRegion
-from memplan.codegen.ops import is_fusible, sums_up_roughly
+from memplan.codegen.ops import is_fusible, mixes_dtypes, sums_up_roughly
 from memplan.codegen.region import Region
 from memplan.errors import UnsupportedError
 from memplan.passes.copying import resolve
@@ -268,7 +268,7 @@ def _subgraph(members: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[f
 
 
 def _may_join(node: fx.Node) -> bool:
-    return node.target is without_statistics or is_fusible(node)
+    return (node.target is without_statistics and not mixes_dtypes(node)) or is_fusible(node)
 
 
 def _in_region(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:

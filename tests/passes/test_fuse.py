@@ -327,3 +327,26 @@ def test_runs_of_one_op_that_a_region_unites_make_one_result():
     for node in backend.fused.scheduled.graph_module.graph.nodes:
         made = [u.meta[BUFFER] for u in node.users if u.op == "call_function" and u.target is operator.getitem]
         assert len(set(made)) == len(made)
+
+
+def test_a_norm_under_autocast_keeps_its_own_kernel_whose_statistics_are_wider_than_fake_ones() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                *(m for _ in range(2) for m in (nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU()))
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layers(x).float()
+
+    torch.manual_seed(0)
+    model, x = Narrow(), torch.randn(8, 32)
+    gradients = []
+    for run in (model, torch.compile(model, backend="memplan", options={"fusion.enabled": True})):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for ours, eager in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=5e-2, atol=5e-2 * float(eager.abs().max()))
