@@ -14,8 +14,8 @@ MEGABYTE = 10**6
 
 def record(peak: int, time: float, error: float = 1e-7, **more: object) -> dict:
     pairs = [[1.0, time, 1.0, time]] * 3
-    bits = {"loss": "0x1", "gradients": "a", "buffers": "b"}
-    return {"peak": peak * MEGABYTE, "pairs": pairs, "error": error, "first_step_s": 1.0, **bits, **more}
+    given = {"loss": "0x1", "gradients": "a", "buffers": "b", "revision": "r"}
+    return {"peak": peak * MEGABYTE, "pairs": pairs, "error": error, "first_step_s": 1.0, **given, **more}
 
 
 def plan(peak: int, time: float = 1.0) -> dict:

@@ -333,13 +333,12 @@ def test_a_norm_under_autocast_keeps_its_own_kernel_whose_statistics_are_wider_t
     class Narrow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(
-                *(m for _ in range(2) for m in (nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU()))
-            )
+            self.first, self.norm, self.second = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return self.layers(x).float()
+                y = self.first(x)
+                return (y + F.relu(self.second(self.norm(y)))).float()  # the norm alone, its backward in a sum
 
     torch.manual_seed(0)
     model, x = Narrow(), torch.randn(8, 32)
