@@ -30,6 +30,7 @@ HOT, COLD = (0.2, 0.5, 0.01), (0.2, 0.1, 0.005)
 WIDE, RESTARTS = (0.1, 1.0, 0.01), 4
 PATIENCE = 2  # restarts in a row that find nothing better: then the others rarely do
 BRIEF = (0.0, 0.1, 0.1)  # one chunk: takes the start up and tidies it
+TIDIED = 8  # sequences of eviction: on 38 graphs and budgets the others were within 0.4 % of these once tidied, mostly behind
 MANY = 1000  # ops from which annealing is slower than the presence programs
 EXACT = 1e-6  # of the added time: what the whole units of the presence programs leave, so a bound this close is met
 CLOSE = 1e-4  # a plan so close to the bound of the stored order is not annealed further
@@ -159,10 +160,11 @@ def _anneal(search: Search, twin: Search, start: Sequence[int], room: int) -> No
 
 
 def _evict(search: Search, room: int, order: Sequence[int]) -> None:
-    """Tidy what each rule of eviction gives under the budget."""
-    for rule in RULES if len(order) <= MANY else RULES[:1]:
-        sequence, _ = evicting(search.graph, tuple(dict.fromkeys(order)), room, rule)
-        if sequence is not None and is_valid(search.problem, sequence):
+    """Tidy the fastest sequences that the rules of eviction give under the budget."""
+    rules, first, ops = RULES if len(order) <= MANY else RULES[:1], tuple(dict.fromkeys(order)), search.problem.ops
+    given = {evicting(search.graph, first, room, rule)[0] for rule in rules} - {None}
+    for _, sequence in sorted((sum(ops[i].time for i in found), found) for found in given)[:TIDIED]:
+        if is_valid(search.problem, sequence):
             search.round(sequence, room, *BRIEF)
 
 
