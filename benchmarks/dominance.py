@@ -83,7 +83,9 @@ def _machine(data: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     revisions = {record["revision"] for rows in data["rows"].values() for record in rows.values()}
     where = f"{environment['processor']}, {environment['cores']} cores"
-    measured = f"revision {revisions.pop()}" if len(revisions) == 1 else f"{len(revisions)} revisions, which the JSON names"
+    measured = (
+        f"revision {revisions.pop()}" if len(revisions) == 1 else f"{len(revisions)} revisions, which the JSON names"
+    )
     return f"{where}; {packages}; rows measured at {measured}."
 
 

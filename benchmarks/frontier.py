@@ -46,15 +46,14 @@ def run(bench: Bench, plan: Plan) -> None:
         if not plan.budgets:
             continue
         unplanned = bench.record(model, "memplan")
-        if "peak" not in unplanned:
-            continue
-        # Nothing fits into one byte: the refusal tells the least that does.
-        smallest = bench.record(model, "memplan@1", "memplan@1", 1).get("infeasible", {}).get("smallest")
-        if smallest is None:
-            continue
-        for lowering in plan.lowerings:
+        for lowering in plan.lowerings if "peak" in unplanned else ():
             if lowering == "memplan-fused":
                 bench.record(model, lowering)
+            # Nothing fits into one byte: the refusal tells the least that does.
+            asked = f"{lowering}@1"
+            smallest = bench.record(model, asked, asked, 1).get("infeasible", {}).get("smallest")
+            if smallest is None:
+                continue
             for name, budget in budgets(unplanned["peak"], smallest, plan.budgets).items():
                 bench.record(model, f"{lowering}@{name}", f"{lowering}@{budget}", budget)
 

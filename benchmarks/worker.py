@@ -115,7 +115,7 @@ def exactness(step: Step, start: dict[str, Tensor], model: Model) -> Record:
 
 def save_reference(model: Model) -> None:
     """Gradients of the eager model in float64 from the same weights, inputs and seed; a fixed sample of each."""
-    workload = build(Model(model.name, model.size, model.dropout))
+    workload = build(model)  # autocast leaves float64 as it is
     workload.model.double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in workload.inputs.items()}
     torch.manual_seed(1)

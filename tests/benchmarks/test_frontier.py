@@ -1,8 +1,11 @@
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+import measure
+import worker
 from budgets import table, verdict
 from dominance import Point, points, report, verdicts
 from frontier import budgets
@@ -71,6 +74,17 @@ def test_verdict_names_what_was_broken():
     assert verdict(record(50, 1.0, budget=50 * MEGABYTE) | {"gradients": "c"}, unplanned, False) == "other bits"
     assert "confirmed" in verdict({"infeasible": {"smallest": 3}}, unplanned, True)
     assert "| m | memplan |" in table({"rows": {"m": {"memplan": unplanned | {"plan": plan(100)}}}})
+
+
+def test_gradients_under_autocast_are_compared_with_float64_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "OUT", tmp_path)
+    model = measure.Model("gpt", "small", bf16=True)
+    worker.save_reference(model)
+    workload = worker.build(model)
+    torch.manual_seed(1)
+    workload.model(**workload.inputs).backward()
+    gradients = {name: p.grad for name, p in workload.model.named_parameters()}
+    assert 1e-4 < worker.relative_error(gradients, torch.load(model.reference)) < 1e-1
 
 
 def test_results_are_resumed(tmp_path):
