@@ -5,7 +5,8 @@ and with it the caller, holds as many bytes as an operand. The two halves as ops
 
 On the CPU a batch norm's results are dense in the layout that its input suggests; the fake kernel gives them the strides
 of what it computes them from. The two differ where tokens are transposed before the norm: every later view and every
-measured workspace then rests on a layout that is not there, and views fail (under torch's ``aot_eager``, too).
+measured workspace then rests on a layout that is not there, and views fail (under torch's ``aot_eager``, too). The same
+holds for kernels of one element at a time whose fake ones compute by way of others, where two operands lie differently.
 """
 
 from __future__ import annotations
@@ -34,6 +35,21 @@ def _densely(target: torch._ops.OpOverload, *places: int) -> Callable[..., Any]:
     return dense
 
 
+def _alike(target: torch._ops.OpOverload) -> Callable[..., Any]:
+    """``target`` with contiguous operands where two that are as large as each other lie differently in memory."""
+
+    def alike(*args: Any, **kwargs: Any) -> Any:
+        given = [a for a in args if isinstance(a, torch.Tensor)]
+        shape = max(given, key=torch.Tensor.dim).shape
+        # What is expanded as a whole, such as the gradient of a sum, decides no layout.
+        deciding = [a for a in given if a.shape == shape and any(a.stride())]
+        if len({a.stride() for a in deciding}) < 2 or all(a.is_contiguous() for a in deciding):
+            return NotImplemented
+        return target(*(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+    return alike
+
+
 def _in_halves(target: torch._ops.OpOverload) -> Callable[..., Any]:
     """A loss whose elements get a storage of their own, which dies once they are averaged or summed."""
     names = [argument.name for argument in target._schema.arguments]
@@ -52,21 +68,44 @@ _NONE, _MEAN, _SUM = range(3)  # at::Reduction
 _REDUCTIONS = {_MEAN: aten.mean.default, _SUM: aten.sum.default}
 
 # A decomposition table for AOTAutograd: what stands for a kernel lies in memory as its fake results say.
-FAITHFUL: dict[Any, Callable[..., Any]] = {
-    target: _densely(target, *places)
-    for target, *places in (
-        (aten._native_batch_norm_legit.default, 0),
-        (aten._native_batch_norm_legit.no_stats, 0),
-        (aten._native_batch_norm_legit_functional.default, 0),
-        (aten._native_batch_norm_legit_no_training.default, 0),
-        (aten.native_batch_norm.default, 0),
-        (aten.native_batch_norm_backward.default, 0, 1),
-    )
-} | {
-    target: _in_halves(target)
-    for target in (
-        aten.mse_loss.default,
-        aten.smooth_l1_loss.default,
-        aten.binary_cross_entropy.default,
-    )
-}
+FAITHFUL: dict[Any, Callable[..., Any]] = (
+    {
+        target: _densely(target, *places)
+        for target, *places in (
+            (aten._native_batch_norm_legit.default, 0),
+            (aten._native_batch_norm_legit.no_stats, 0),
+            (aten._native_batch_norm_legit_functional.default, 0),
+            (aten._native_batch_norm_legit_no_training.default, 0),
+            (aten.native_batch_norm.default, 0),
+            (aten.native_batch_norm_backward.default, 0, 1),
+        )
+    }
+    | {
+        target: _alike(target)
+        for target in (
+            aten.binary_cross_entropy_backward.default,
+            aten.copysign.Tensor,
+            aten.elu_backward.default,
+            aten.floor_divide.default,
+            aten.hardsigmoid_backward.default,
+            aten.hardswish_backward.default,
+            aten.hardtanh_backward.default,
+            aten.huber_loss_backward.default,
+            aten.logit_backward.default,
+            aten.mse_loss_backward.default,
+            aten.native_dropout_backward.default,
+            aten.smooth_l1_loss_backward.default,
+            aten.softplus_backward.default,
+            aten.special_xlog1py.default,
+            aten.xlogy.Tensor,
+        )
+    }
+    | {
+        target: _in_halves(target)
+        for target in (
+            aten.mse_loss.default,
+            aten.smooth_l1_loss.default,
+            aten.binary_cross_entropy.default,
+        )
+    }
+)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from memplan.passes.dtypes import KernelDtypes
 from memplan.passes.duplicates import MergeDuplicates
 from memplan.passes.masks import KnownMasks
 from memplan.passes.slices import JoinSlices
@@ -21,7 +22,6 @@ class Simplify:
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         """Returns whether the graph changed."""
-        modified = [
-            rewrite.apply(graph_module) for rewrite in (KnownMasks(), JoinSlices(), MergeViews(), MergeDuplicates())
-        ]
+        rewrites = (KernelDtypes(), KnownMasks(), JoinSlices(), MergeViews(), MergeDuplicates())
+        modified = [rewrite.apply(graph_module) for rewrite in rewrites]  # each of them, whatever the first returns
         return any(modified)

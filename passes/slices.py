@@ -106,9 +106,10 @@ def _joined(graph: fx.Graph, root: fx.Node, terms: list[fx.Node]) -> fx.Node | N
     with graph.inserting_before(root):
         pieces = list(_pieces(graph, root, parts, value.shape))
         joined = _call(graph, root, aten.cat.default, pieces, parts[0].dim)
-        if joined.meta["val"].stride() != value.stride():  # cat follows its operands' memory format
-            return None
-        return _call(graph, root, aten.add.Tensor, others[0], joined) if others else joined
+        for other in others:
+            joined = _call(graph, root, aten.add.Tensor, joined, other)
+        # Kernels follow the layout of their first operands; what reads the sum was traced with the one it had.
+        return joined if joined.meta["val"].stride() == value.stride() else None
 
 
 def _slice(node: fx.Node) -> _Slice | None:

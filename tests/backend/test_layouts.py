@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,45 @@ def test_fake_tensors_are_right_once_operands_are_dense(order: tuple[int, ...], 
     real = strides()
     with FakeTensorMode():
         assert strides() == real
+
+
+@pytest.mark.parametrize("turned", (0, 1))
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    (
+        (aten.binary_cross_entropy_backward.default, lambda x, y: (torch.ones(2, 5, 3), x, y)),
+        (aten.copysign.Tensor, lambda x, y: (x, y)),
+        (aten.elu_backward.default, lambda x, y: (x, 1, 1, 1, False, y)),
+        (aten.floor_divide.default, lambda x, y: (x, y)),
+        (aten.hardsigmoid_backward.default, lambda x, y: (x, y)),
+        (aten.hardswish_backward.default, lambda x, y: (x, y)),
+        (aten.hardtanh_backward.default, lambda x, y: (x, y, -1, 1)),
+        (aten.huber_loss_backward.default, lambda x, y: (torch.ones(2, 5, 3), x, y, 1, 1.0)),
+        (aten.logit_backward.default, lambda x, y: (x, y)),
+        (aten.mse_loss_backward.default, lambda x, y: (torch.ones(()), x, y, 1)),
+        (aten.smooth_l1_loss_backward.default, lambda x, y: (torch.ones(()).expand(2, 5, 3), x, y, 1, 1.0)),
+        (aten.softplus_backward.default, lambda x, y: (x, y, 1, 20)),
+        (aten.special_xlog1py.default, lambda x, y: (x, y)),
+        (aten.xlogy.Tensor, lambda x, y: (x, y)),
+    ),
+)
+def test_operands_that_lie_differently(
+    target: torch._ops.OpOverload, arguments: Callable[[Tensor, Tensor], tuple[object, ...]], turned: int
+) -> None:
+    """Fake results lie as the kernel's do, whose numbers stay."""
+
+    def run(table: bool) -> Tensor:
+        operands = [torch.full((2, 5, 3), 0.25) for _ in range(2)]
+        operands[turned] = torch.full((2, 3, 5), 0.75).transpose(1, 2)
+        given = arguments(*operands)
+        result = FAITHFUL[target](*given) if table else NotImplemented
+        found: Tensor = target(*given) if result is NotImplemented else result
+        return found
+
+    assert torch.equal(run(table=True), run(table=False))
+    with FakeTensorMode():
+        fake = run(table=True)
+    assert fake.stride() == run(table=True).stride()
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))

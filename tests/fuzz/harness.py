@@ -12,9 +12,11 @@ from hypothesis import assume
 from torch import nn
 
 import memplan
+from memplan.backend import recent_plans
 from memplan.layouts import FAITHFUL
 from memplan.torch_compat import aot_backend, default_partition, unplanned
 from tests.arbitrary import arbitrary_plans
+from tests.described import misdescribed
 from tests.fuzz.recipes import Model, Recipe, Run, leaves
 
 STEPS = 2
@@ -84,7 +86,12 @@ def compiled(model: nn.Module, recipe: Recipe, run: Run, options: dict[str, Any]
     twin = copy.deepcopy(model)
     backend = {"backend": REFERENCE} if options is None else {"backend": "memplan", "options": options}
     other = torch.compile(Model(BESIDE), **backend) if run.beside else None
-    return steps(twin, torch.compile(twin, **backend), recipe, run, other)
+    known = set(map(id, recent_plans()))
+    seen = steps(twin, torch.compile(twin, **backend), recipe, run, other)
+    for made in recent_plans():
+        wrong = [] if id(made) in known else misdescribed(made.scheduled.graph_module)
+        assert not wrong, wrong
+    return seen
 
 
 def steps(

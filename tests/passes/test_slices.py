@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memplan.backend import recent_plans
 from tests.backend.compare import FAST
+from tests.described import misdescribed
 from tests.peak import peak_above
 
 aten = torch.ops.aten
@@ -115,6 +116,26 @@ def test_memory_formats_stay() -> None:
 
     for one, other in zip(gates(gated), gates(torch.compile(gated, backend="memplan", options=FAST)), strict=True):
         assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+def test_a_sum_with_something_laid_out_otherwise_stays_where_it_was() -> None:
+    """Rotary embeddings: the gradient of both halves, and one of the whole that lies transposed."""
+
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 16)
+            self.cos = torch.linspace(-1, 1, 48).view(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = self.linear(x).unflatten(-1, (2, 8)).transpose(1, 2)
+            heads = heads * heads.square().mean(-1, keepdim=True).rsqrt()
+            kept = heads * self.cos
+            turned = torch.cat((-heads[..., 4:], heads[..., :4]), -1) * self.cos.sin()
+            return (kept + turned).square().sum()
+
+    torch.compile(Rotated(), backend="memplan", options=FAST)(torch.randn(4, 6, 8)).backward()
+    assert not misdescribed(recent_plans()[-1].scheduled.graph_module)
 
 
 def test_dynamic_lengths_stay_right() -> None:
