@@ -35,19 +35,20 @@ def _densely(target: torch._ops.OpOverload, *places: int) -> Callable[..., Any]:
     return dense
 
 
-def _alike(target: torch._ops.OpOverload) -> Callable[..., Any]:
-    """``target`` with contiguous operands where two that are as large as each other lie differently in memory."""
+def _contiguously(target: torch._ops.OpOverload, where_they_differ: bool = False) -> Callable[..., Any]:
+    """``target`` with its operands made contiguous, or only where two of one shape lie differently in memory."""
 
-    def alike(*args: Any, **kwargs: Any) -> Any:
+    def contiguous(*args: Any, **kwargs: Any) -> Any:
         given = [a for a in args if isinstance(a, torch.Tensor)]
         shape = max(given, key=torch.Tensor.dim).shape
         # What is expanded as a whole, such as the gradient of a sum, decides no layout.
-        deciding = [a for a in given if a.shape == shape and any(a.stride())]
-        if len({a.stride() for a in deciding}) < 2 or all(a.is_contiguous() for a in deciding):
+        deciding = [a for a in given if any(a.stride()) and (a.shape == shape or not where_they_differ)]
+        alike = where_they_differ and len({a.stride() for a in deciding}) < 2
+        if alike or all(a.is_contiguous() for a in deciding):
             return NotImplemented
         return target(*(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
-    return alike
+    return contiguous
 
 
 def _in_halves(target: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -67,45 +68,48 @@ def _in_halves(target: torch._ops.OpOverload) -> Callable[..., Any]:
 _NONE, _MEAN, _SUM = range(3)  # at::Reduction
 _REDUCTIONS = {_MEAN: aten.mean.default, _SUM: aten.sum.default}
 
-# A decomposition table for AOTAutograd: what stands for a kernel lies in memory as its fake results say.
-FAITHFUL: dict[Any, Callable[..., Any]] = (
-    {
-        target: _densely(target, *places)
-        for target, *places in (
-            (aten._native_batch_norm_legit.default, 0),
-            (aten._native_batch_norm_legit.no_stats, 0),
-            (aten._native_batch_norm_legit_functional.default, 0),
-            (aten._native_batch_norm_legit_no_training.default, 0),
-            (aten.native_batch_norm.default, 0),
-            (aten.native_batch_norm_backward.default, 0, 1),
-        )
-    }
-    | {
-        target: _alike(target)
-        for target in (
-            aten.binary_cross_entropy_backward.default,
-            aten.copysign.Tensor,
-            aten.elu_backward.default,
-            aten.floor_divide.default,
-            aten.hardsigmoid_backward.default,
-            aten.hardswish_backward.default,
-            aten.hardtanh_backward.default,
-            aten.huber_loss_backward.default,
-            aten.logit_backward.default,
-            aten.mse_loss_backward.default,
-            aten.native_dropout_backward.default,
-            aten.smooth_l1_loss_backward.default,
-            aten.softplus_backward.default,
-            aten.special_xlog1py.default,
-            aten.xlogy.Tensor,
-        )
-    }
-    | {
-        target: _in_halves(target)
-        for target in (
-            aten.mse_loss.default,
-            aten.smooth_l1_loss.default,
-            aten.binary_cross_entropy.default,
-        )
-    }
+_NORMS = (
+    (aten._native_batch_norm_legit.default, 0),
+    (aten._native_batch_norm_legit.no_stats, 0),
+    (aten._native_batch_norm_legit_functional.default, 0),
+    (aten._native_batch_norm_legit_no_training.default, 0),
+    (aten.native_batch_norm.default, 0),
+    (aten.native_batch_norm_backward.default, 0, 1),
 )
+_CONTIGUOUS = (  # these copy inside, or make contiguous results whatever they are given
+    aten._log_softmax_backward_data.default,
+    aten.glu_backward.default,
+    aten.huber_loss_backward.default,
+    aten.log_sigmoid_backward.default,
+    aten.log_sigmoid_forward.default,
+    aten.mse_loss_backward.default,
+    aten.native_dropout_backward.default,
+    aten.rrelu_with_noise_backward.default,
+    aten.smooth_l1_loss_backward.default,
+)
+_BY_THE_FIRST = (
+    aten.binary_cross_entropy_backward.default,
+    aten.copysign.Tensor,
+    aten.elu_backward.default,
+    aten.floor_divide.default,
+    aten.hardsigmoid_backward.default,
+    aten.hardswish_backward.default,
+    aten.hardtanh_backward.default,
+    aten.logit_backward.default,
+    aten.softplus_backward.default,
+    aten.special_xlog1py.default,
+    aten.xlogy.Tensor,
+)
+_LOSSES = (
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.binary_cross_entropy.default,
+)
+
+# A decomposition table for AOTAutograd: what stands for a kernel lies in memory as its fake results say.
+FAITHFUL: dict[Any, Callable[..., Any]] = {
+    **{target: _densely(target, *places) for target, *places in _NORMS},
+    **{target: _contiguously(target) for target in _CONTIGUOUS},
+    **{target: _contiguously(target, where_they_differ=True) for target in _BY_THE_FIRST},
+    **{target: _in_halves(target) for target in _LOSSES},
+}

@@ -63,43 +63,53 @@ def test_fake_tensors_are_right_once_operands_are_dense(order: tuple[int, ...], 
         assert strides() == real
 
 
-@pytest.mark.parametrize("turned", (0, 1))
+@pytest.mark.parametrize("turned", ((True, False), (False, True), (True, True)))
 @pytest.mark.parametrize(
     ("target", "arguments"),
     (
+        (aten._log_softmax_backward_data.default, lambda x, y: (x, y, 1, torch.float32)),
         (aten.binary_cross_entropy_backward.default, lambda x, y: (torch.ones(2, 5, 3), x, y)),
         (aten.copysign.Tensor, lambda x, y: (x, y)),
         (aten.elu_backward.default, lambda x, y: (x, 1, 1, 1, False, y)),
         (aten.floor_divide.default, lambda x, y: (x, y)),
+        (aten.glu_backward.default, lambda x, y: (x, torch.cat((y, y), 1), 1)),
         (aten.hardsigmoid_backward.default, lambda x, y: (x, y)),
         (aten.hardswish_backward.default, lambda x, y: (x, y)),
         (aten.hardtanh_backward.default, lambda x, y: (x, y, -1, 1)),
         (aten.huber_loss_backward.default, lambda x, y: (torch.ones(2, 5, 3), x, y, 1, 1.0)),
+        (aten.log_sigmoid_backward.default, lambda x, y: (torch.ones(()).expand(2, 5, 3), x, y)),
+        (aten.log_sigmoid_forward.default, lambda x, y: (x,)),
         (aten.logit_backward.default, lambda x, y: (x, y)),
         (aten.mse_loss_backward.default, lambda x, y: (torch.ones(()), x, y, 1)),
+        (aten.native_dropout_backward.default, lambda x, y: (x, y > 0.5, 2.0)),
+        (aten.rrelu_with_noise_backward.default, lambda x, y: (torch.ones(2, 5, 3), x, y, 0.1, 0.3, True, False)),
         (aten.smooth_l1_loss_backward.default, lambda x, y: (torch.ones(()).expand(2, 5, 3), x, y, 1, 1.0)),
         (aten.softplus_backward.default, lambda x, y: (x, y, 1, 20)),
         (aten.special_xlog1py.default, lambda x, y: (x, y)),
         (aten.xlogy.Tensor, lambda x, y: (x, y)),
     ),
 )
-def test_operands_that_lie_differently(
-    target: torch._ops.OpOverload, arguments: Callable[[Tensor, Tensor], tuple[object, ...]], turned: int
+def test_operands_that_lie_otherwise_than_contiguously(
+    target: torch._ops.OpOverload,
+    arguments: Callable[[Tensor, Tensor], tuple[object, ...]],
+    turned: tuple[bool, bool],
 ) -> None:
     """Fake results lie as the kernel's do, whose numbers stay."""
 
-    def run(table: bool) -> Tensor:
-        operands = [torch.full((2, 5, 3), 0.25) for _ in range(2)]
-        operands[turned] = torch.full((2, 3, 5), 0.75).transpose(1, 2)
+    def run(table: bool) -> list[Tensor]:
+        operands = (
+            torch.full((2, 3, 5), 0.25 + 0.5 * k).transpose(1, 2) if turn else torch.full((2, 5, 3), 0.25 + 0.5 * k)
+            for k, turn in enumerate(turned)
+        )
         given = arguments(*operands)
         result = FAITHFUL[target](*given) if table else NotImplemented
-        found: Tensor = target(*given) if result is NotImplemented else result
-        return found
+        found = target(*given) if result is NotImplemented else result
+        return [found] if isinstance(found, Tensor) else list(found)
 
-    assert torch.equal(run(table=True), run(table=False))
+    made = run(table=True)
+    assert all(map(torch.equal, made, run(table=False)))
     with FakeTensorMode():
-        fake = run(table=True)
-    assert fake.stride() == run(table=True).stride()
+        assert [fake.stride() for fake in run(table=True)] == [real.stride() for real in made]
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
