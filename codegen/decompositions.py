@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,8 +127,27 @@ def _norm_again(
     return found if found is NotImplemented else found[:3]
 
 
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Any:
+    """A narrow operand beside float32 parameters, as under autocast: statistics as wide as those, which is what torch's
+    kernel returns and its backward reads."""
+    parameters = [p for p in (weight, bias) if p is not None]
+    if not parameters or parameters[0].dtype == x.dtype:
+        return NotImplemented
+    wide = x.to(parameters[0].dtype)
+    within = list(range(x.dim() - len(shape), x.dim()))
+    mean = wide.mean(within, keepdim=True)
+    scale = torch.rsqrt((wide - mean).square().mean(within, keepdim=True) + epsilon)
+    result = (wide - mean) * scale
+    if weight is not None:
+        result = result * weight
+    if bias is not None:
+        result = result + bias
+    return result.to(x.dtype), mean, scale
+
+
 _OURS: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_backward.default: _nll_loss_backward,
+    aten.native_layer_norm.default: _layer_norm,
     aten._native_batch_norm_legit_functional.default: _norm,
     aten._native_batch_norm_legit.no_stats: _norm_again,
     aten.native_batch_norm_backward.default: _norm_backward,

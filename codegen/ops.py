@@ -104,6 +104,7 @@ _MOVES = [
     "lerp",
     "glu",
 ]
+_OVER_SEVERAL_DTYPES = ("native_layer_norm", "native_layer_norm_backward")  # these regions compute as the kernels do
 _NAMES = frozenset((*_REDUCTIONS, *_CREATIONS, *_MOVES))
 
 
@@ -120,14 +121,15 @@ def is_fusible(node: fx.Node) -> bool:
         return False
     if torch.Tag.pointwise not in target.tags and target.overloadpacket.__name__ not in _NAMES:
         return False
-    if "norm" in target.overloadpacket.__name__ and mixes_dtypes(node):
+    name = target.overloadpacket.__name__
+    if "norm" in name and name not in _OVER_SEVERAL_DTYPES and mixes_dtypes(node):
         return False
     return all(_is_plain(n) for n in (node, *node.all_input_nodes))
 
 
 def mixes_dtypes(node: fx.Node) -> bool:
     """Whether a norm has operands of several floating dtypes, as under autocast: torch's CPU kernels then return statistics
-    in the dtype of the parameters, fake tensors in that of the operand, and a region would read one as the other."""
+    in the dtype of the parameters, Inductor's code in that of the operand, and one would be read as the other."""
     values = [n.meta.get("val") for n in node.all_input_nodes]
     return len({v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}) > 1
 

@@ -11,6 +11,9 @@ from memplan import torch_compat
 from memplan.capture import tensors
 from memplan.passes.dtypes import GROUPS_BACKWARD, NORMS
 
+# Of these torch's fake results are wrong; dropout's lies as its first operand does.
+_MISTAKEN = (*NORMS, GROUPS_BACKWARD, torch.ops.aten.native_dropout_backward.default)
+
 
 def misdescribed(graph_module: fx.GraphModule) -> list[str]:
     """Ops of aten whose fake result, made from the described operands, has another shape, dtype or layout than the
@@ -19,7 +22,7 @@ def misdescribed(graph_module: fx.GraphModule) -> list[str]:
     nodes = [n for n in graph_module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
     with torch.no_grad(), torch_compat.fake_mode_of(list(tensors([n.meta.get("val") for n in nodes]))):
         for node in nodes:
-            if node.target in (*NORMS, GROUPS_BACKWARD) or torch_compat.free_symbols(node.meta["val"]):
+            if node.target in _MISTAKEN or torch_compat.free_symbols(node.meta["val"]):
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             made = node.target(*args, **kwargs)

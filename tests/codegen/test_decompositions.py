@@ -93,3 +93,31 @@ def test_without_weights_and_wanted_gradients() -> None:
     for function in (norm, first_gradient):
         for found, wanted in zip(compiled(function, x), function(x.contiguous()), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", (True, False))
+def test_a_layer_norm_over_two_dtypes_is_the_kernel_s(weighted: bool) -> None:
+    """A narrow operand, float32 parameters and statistics; the backward reads those."""
+    chance = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(6, 5, 24, generator=chance).bfloat16() for _ in range(2))
+    bias = torch.randn(24, generator=chance)
+    weight = torch.rand(24, generator=chance) + 0.5 if weighted else None
+
+    def norm(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return aten.native_layer_norm(x, [24], parameters[1] if weighted else None, parameters[0], 1e-5)
+
+    given = (x, bias, weight) if weight is not None else (x, bias)
+    found, wanted = compiled(norm, *given), norm(*given)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other)
+
+    def back(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        factor, wanted = parameters[1] if weighted else None, [True, weighted, True]
+        made = aten.native_layer_norm_backward(gradient, x, [24], mean, scale, factor, parameters[0], wanted)
+        return tuple(t for t in made if t is not None)
+
+    later = (gradient, x, *wanted[1:], *given[1:])
+    for one, other in zip(compiled(back, *later), back(*later), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

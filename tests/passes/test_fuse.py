@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from memplan.cost import cost_model
 from memplan.devices import profile_for
 from memplan.errors import BudgetInfeasibleError
 from memplan.lower import lower
+from memplan.passes.dtypes import NORMS
 from memplan.passes.fuse import Fuse, Fused
 from memplan.passes.schedule import Schedule
 from memplan.passes.split import Split
@@ -329,16 +331,19 @@ def test_runs_of_one_op_that_a_region_unites_make_one_result():
         assert len(set(made)) == len(made)
 
 
-def test_a_norm_under_autocast_keeps_its_own_kernel_whose_statistics_are_wider_than_fake_ones() -> None:
+@pytest.mark.parametrize(("norm", "joins"), ((lambda: nn.LayerNorm(32), True), (lambda: nn.GroupNorm(4, 32), False)))
+def test_a_norm_under_autocast_joins_a_region_whose_statistics_are_the_kernels(
+    norm: Callable[[], nn.Module], joins: bool
+) -> None:
     class Narrow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.norm, self.second = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32)
+            self.first, self.norm, self.second = nn.Linear(32, 32), norm(), nn.Linear(32, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16):
                 y = self.first(x)
-                return (y + F.relu(self.second(self.norm(y)))).float()  # the norm alone, its backward in a sum
+                return (y + F.relu(self.second(self.norm(y.sin())))).float()  # the norm's backward stands in a sum
 
     torch.manual_seed(0)
     model, x = Narrow(), torch.randn(8, 32)
@@ -349,3 +354,5 @@ def test_a_norm_under_autocast_keeps_its_own_kernel_whose_statistics_are_wider_t
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for ours, eager in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(ours, eager, rtol=5e-2, atol=5e-2 * float(eager.abs().max()))
+    targets = [n.target for n in recent_plans()[-1].scheduled.graph_module.graph.nodes]
+    assert (set(NORMS).isdisjoint(targets)) == joins
