@@ -95,29 +95,27 @@ def test_without_weights_and_wanted_gradients() -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("weighted", (True, False))
-def test_a_layer_norm_over_two_dtypes_is_the_kernel_s(weighted: bool) -> None:
+@pytest.mark.parametrize("biased", (True, False))
+def test_a_layer_norm_over_two_dtypes_is_the_kernel_s(biased: bool) -> None:
     """A narrow operand, float32 parameters and statistics; the backward reads those."""
     chance = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(6, 5, 24, generator=chance).bfloat16() for _ in range(2))
-    bias = torch.randn(24, generator=chance)
-    weight = torch.rand(24, generator=chance) + 0.5 if weighted else None
+    parameters = [torch.rand(24, generator=chance) + 0.5 for _ in range(1 + biased)]
 
-    def norm(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return aten.native_layer_norm(x, [24], parameters[1] if weighted else None, parameters[0], 1e-5)
+    def norm(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+        return aten.native_layer_norm(x, [24], weight, bias[0] if bias else None, 1e-5)
 
-    given = (x, bias, weight) if weight is not None else (x, bias)
-    found, wanted = compiled(norm, *given), norm(*given)
+    found, wanted = compiled(norm, x, *parameters), norm(x, *parameters)
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other)
 
-    def back(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        factor, wanted = parameters[1] if weighted else None, [True, weighted, True]
-        made = aten.native_layer_norm_backward(gradient, x, [24], mean, scale, factor, parameters[0], wanted)
-        return tuple(t for t in made if t is not None)
+    def back(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, *bias: Tensor) -> list[Tensor]:
+        given, needed = bias[0] if bias else None, [True, True, biased]
+        made = aten.native_layer_norm_backward(gradient, x, [24], mean, scale, weight, given, needed)
+        return [t for t in made if t is not None]
 
-    later = (gradient, x, *wanted[1:], *given[1:])
+    later = (gradient, x, *wanted[1:], *parameters)
     for one, other in zip(compiled(back, *later), back(*later), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
