@@ -22,7 +22,8 @@ def misdescribed(graph_module: fx.GraphModule) -> list[str]:
     nodes = [n for n in graph_module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
     with torch.no_grad(), torch_compat.fake_mode_of(list(tensors([n.meta.get("val") for n in nodes]))):
         for node in nodes:
-            if node.target in _MISTAKEN or torch_compat.free_symbols(node.meta["val"]):
+            described = all("val" in n.meta for n in (node, *node.all_input_nodes))
+            if not described or node.target in _MISTAKEN or torch_compat.free_symbols(node.meta["val"]):
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             made = node.target(*args, **kwargs)
