@@ -63,7 +63,9 @@ def _given(node: fx.Node) -> Iterator[tuple[int, torch.dtype]]:
 
 def _follow(node: fx.Node) -> None:
     """Describe a part or an alias of something as that is described."""
-    if is_getitem(node) and isinstance(_value(node), torch.Tensor):
+    if not isinstance(_value(node), torch.Tensor):
+        return  # numbers, and what tracing left undescribed
+    if is_getitem(node):
         part = _value(node.args[0])[node.args[1]]
         if part.dtype != _value(node).dtype:
             node.meta["val"] = part
@@ -72,4 +74,4 @@ def _follow(node: fx.Node) -> None:
 
 
 def _value(node: Any) -> Any:
-    return node.meta["val"]
+    return node.meta.get("val")
