@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-RegionFunction = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+RegionFunction = Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]  # may clear the list
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class CompiledRegion:
     source: str = field(default="", repr=False)  # generated code, for people
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return self.run(inputs)
+        return self.run(list(inputs))

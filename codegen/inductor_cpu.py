@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,15 +34,11 @@ def _compile(region: Region) -> CompiledRegion:
     inputs = [n.meta["val"] for n in placeholders(region.graph_module)]
     try:
         graph = torch_compat.trace_fake(region.graph_module, inputs, cpu_decompositions())
-        made = torch_compat.inductor_compile(graph, inputs)
+        run, source = torch_compat.inductor_compile(graph, inputs)
     except RuntimeError as error:
         log.debug("region %s runs eagerly: %s", region.name, error)
         return compile_eager(region)
 
-    def run(arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(made(list(arguments)))  # a list of its own: the compiled code clears it
-
-    source = str(getattr(made, "source_code", ""))
     return CompiledRegion(run, wrapper_workspace(source, region), "inductor", source)
 
 

@@ -55,8 +55,8 @@ class FusedRegion:
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         fake = inputs and isinstance(inputs[0], torch_compat.FakeTensor)
-        results = self.region.graph_module(*inputs) if fake else self.compiled(inputs)
-        return results[0] if len(results) == 1 else tuple(results)
+        results = tuple(self.region.graph_module(*inputs)) if fake else self.compiled.run([*inputs])
+        return results[0] if len(results) == 1 else results
 
     def __repr__(self) -> str:
         return self.__name__

@@ -50,6 +50,13 @@ __all__ = [
 ]
 
 
+# (tensor, sizes, strides, offset) → a tensor over the same memory, ``offset`` elements behind the first: what any view
+# comes to, in a third of its time, as neither dispatcher nor autograd is asked.
+reinterpret: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
+# (tensor, sizes, strides): AssertionError where it has others. Strides of dimensions of size 1 may be any.
+assert_size_stride: Callable[..., None] = torch._C._dynamo.guards.assert_size_stride
+
+
 def size_hint(value: Any) -> int:
     """The hint of a SymInt (the size seen at compile time), or the int itself."""
     if isinstance(value, int):
@@ -234,11 +241,13 @@ def fakes_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         ]
 
 
-def inductor_compile(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
-    """Inductor's code for a decomposed graph over fake inputs: a callable that takes a list and clears it.
+def inductor_compile(
+    graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor]
+) -> tuple[Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]], str]:
+    """Inductor's code for a decomposed graph over fake inputs: a callable that takes a list and clears it, and its text.
 
-    The outputs keep the strides of the graph's fake tensors. ``source_code`` of the result is the generated wrapper.
-    Raises RuntimeError where Inductor or the C++ compiler gives up.
+    The outputs keep the strides of the graph's fake tensors. What Inductor wraps around the callable is for its own
+    caches and profiles. Raises RuntimeError where Inductor or the C++ compiler gives up.
     """
     from torch._guards import tracing
     from torch._inductor.compile_fx import compile_fx_inner
@@ -249,7 +258,8 @@ def inductor_compile(graph_module: fx.GraphModule, inputs: Sequence[torch.Tensor
     mode = detect_fake_mode(inputs) or FakeTensorMode()
     try:
         with disable_current_modes(), tracing(TracingContext(mode)):
-            return compile_fx_inner(graph_module, list(inputs))
+            made: Any = compile_fx_inner(graph_module, list(inputs))
+            return getattr(made, "current_callable", made), str(getattr(made, "source_code", ""))
     except (InductorError, CppCompileError) as error:
         raise RuntimeError(f"Inductor cannot compile the region: {error}") from error
 

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,10 +22,9 @@ from memplan.problem import Category
 from memplan.program import Program, Step, StepKind
 from memplan.runtime import native
 from memplan.runtime.kernels import Recorded, addresses, matched
+from memplan.runtime.write import Calls
 
 log = logging.getLogger("memplan")
-
-Call = Callable[[list[Any]], Any]
 
 _ALLOCATE = (StepKind.RUN, StepKind.PREFETCH)  # steps whose allocations have planned places
 
@@ -271,15 +270,15 @@ class Script:
         self._library = library
         self._pool = pool
         self._steps = program.steps
-        self._kernels = tuple(at if step.kind in _ALLOCATE else -1 for at, step in enumerate(program.steps))
+        self._kernels = tuple(step.kind in _ALLOCATE for step in program.steps)
         self._begins = begins
         self._known = self._recording = False
         self._kernels_seen: dict[int, Recorded] = {}
         self.handle = library.script_new(len(program.steps))
         weakref.finalize(self, library.script_free, self.handle).atexit = False
 
-    def run(self, calls: Sequence[Call], slots: list[Any]) -> None:
-        """Run the calls of the Program's steps over ``slots``, which hold the arguments."""
+    def run(self, calls: Calls, slots: list[Any]) -> None:
+        """Run the Program's calls over ``slots``, which hold the arguments."""
         library, before = self._library, self._library.running()
         recording = False
         try:
@@ -288,17 +287,17 @@ class Script:
             if in_arena or recording:
                 self._run(calls, slots, recording)
             else:
-                for call in calls:
+                for call in calls.functions:
                     call(slots)
         finally:  # an interrupt may have come at any instant, before the first kernel, too
             library.unwind(before)
             if recording:
                 self._recording = False
 
-    def _run(self, calls: Sequence[Call], slots: list[Any], recording: bool) -> None:
+    def _run(self, calls: Calls, slots: list[Any], recording: bool) -> None:
         step = self._library.step
-        for at, call in zip(self._kernels, calls, strict=True):
-            if at >= 0:
+        for at, call in zip(calls.steps, calls.functions, strict=True):
+            if self._kernels[at]:
                 step(at)
                 value = call(slots)
                 if recording:

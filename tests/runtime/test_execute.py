@@ -12,8 +12,10 @@ import torch
 from torch import fx
 
 from memplan.lower import Binding, Lowered
-from memplan.program import Program
+from memplan.problem import Phase
+from memplan.program import Program, Step, StepKind
 from memplan.runtime.execute import Executable
+from memplan.runtime.views import looked_at
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def executable(graph: fx.Graph, module: torch.nn.Module | None = None) -> Execut
     slot_of = {node: slot for slot, node in enumerate(nodes)}
     inputs = sum(node.op == "placeholder" for node in nodes)
     bindings = tuple(Binding(node, ((-1, slot_of[node]),)) for node in nodes[inputs:])
-    lowered = Lowered(Program((), (), (), ()), bindings, slot_of, inputs, tuple(output.args[0]))
+    kinds = [StepKind.RUN if looked_at(node) is None else StepKind.VIEW for node in nodes[inputs:]]
+    steps = tuple(Step(kind, node.name, Phase.FORWARD) for kind, node in zip(kinds, nodes[inputs:], strict=True))
+    lowered = Lowered(Program((), (), steps, ()), bindings, slot_of, inputs, tuple(output.args[0]))
     return Executable(fx.GraphModule(module or torch.nn.Module(), graph), lowered)
 
 
@@ -88,7 +92,7 @@ def test_a_program_that_nobody_holds_is_gone_with_its_constants() -> None:
     graph = fx.Graph()
     graph.output((graph.call_function(torch.ops.aten.neg.default, (graph.get_attr("constant"),)),))
     run = executable(graph, module)
-    constant, functions = weakref.ref(module.constant), weakref.ref(run._calls[1])
+    constant, functions = weakref.ref(module.constant), weakref.ref(run._plain.functions[1])
     run([])
     del run
     assert functions() is None
