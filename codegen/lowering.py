@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memplan import torch_compat
-from memplan.codegen.compiled import CompiledRegion
+from memplan.codegen.compiled import CompiledRegion, RegionFunction
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.inductor_cpu import compile_inductor
 from memplan.codegen.region import Region
@@ -41,7 +41,8 @@ def compile_region(region: Region, lowering: str | None = None) -> CompiledRegio
 class FusedRegion:
     """The target of a ``call_function`` node: looks like one functional op, compiles at first need.
 
-    Returns the output tensor itself when the region has one output, else a tuple.
+    Returns the output tensor itself when the region has one output, else a tuple. Raises AssertionError for operands that
+    lie otherwise in memory than the region was compiled for.
     """
 
     def __init__(self, region: Region, lowering: str | None = None) -> None:
@@ -53,9 +54,19 @@ class FusedRegion:
     def compiled(self) -> CompiledRegion:
         return compile_region(self.region, self.lowering)
 
+    @property
+    def unchecked(self) -> RegionFunction:
+        """What runs operands that are known to lie as they should: takes a list, returns a tuple, however many results."""
+        return self.compiled.run
+
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        fake = inputs and isinstance(inputs[0], torch_compat.FakeTensor)
-        results = tuple(self.region.graph_module(*inputs)) if fake else self.compiled.run([*inputs])
+        if inputs and isinstance(inputs[0], torch_compat.FakeTensor):
+            results = tuple(self.region.graph_module(*inputs))
+        else:
+            for value, expected in zip(inputs, self.region.inputs, strict=True):
+                torch_compat.assert_size_stride(value, expected.shape, expected.stride)
+                assert value.dtype == expected.dtype, f"{self}: {value.dtype} in place of {expected.dtype}"
+            results = self.unchecked([*inputs])
         return results[0] if len(results) == 1 else results
 
     def __repr__(self) -> str:

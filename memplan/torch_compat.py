@@ -247,9 +247,11 @@ def inductor_compile(
     """Inductor's code for a decomposed graph over fake inputs: a callable that takes a list and clears it, and its text.
 
     The outputs keep the strides of the graph's fake tensors. What Inductor wraps around the callable is for its own
-    caches and profiles. Raises RuntimeError where Inductor or the C++ compiler gives up.
+    caches and profiles. It does not check how its arguments lie in memory. Raises RuntimeError where Inductor or the C++
+    compiler gives up.
     """
     from torch._guards import tracing
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.exc import CppCompileError, InductorError
 
@@ -257,7 +259,7 @@ def inductor_compile(
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
     mode = detect_fake_mode(inputs) or FakeTensorMode()
     try:
-        with disable_current_modes(), tracing(TracingContext(mode)):
+        with disable_current_modes(), tracing(TracingContext(mode)), config.patch(size_asserts=False):
             made: Any = compile_fx_inner(graph_module, list(inputs))
             return getattr(made, "current_callable", made), str(getattr(made, "source_code", ""))
     except (InductorError, CppCompileError) as error:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from memplan import torch_compat
 from memplan.lower import Lowered
 from memplan.runtime.arena import Script
-from memplan.runtime.views import aliases
+from memplan.runtime.views import aliases, is_known
 from memplan.runtime.write import Call, Calls, Slots, one_a_kernel, one_a_step
 
 
 class Executable:
     """Callable with a list of arguments, which it empties: an argument lives no longer than its slot.
 
-    Views run as the graph has them once. Those that came to what tracing foresaw are made without their ops from then
-    on, whenever the arguments lie in memory as they did.
+    The first run does all as the graph has it: views by their ops, regions with a look at how operands lie. Views that came
+    to what tracing foresaw are made without their ops from then on, and nobody looks again, whenever the arguments lie
+    in memory as they did.
     """
 
     def __init__(self, graph_module: fx.GraphModule, lowered: Lowered, script: Script | None = None) -> None:
@@ -93,7 +95,10 @@ class _Trial:
     def passed(self) -> tuple[Calls, list[_Seen]]:
         """The calls to run from now on, and how arguments must lie for that."""
         known = {node: alias for node, alias in self._known.items() if node not in self._wrong}
-        roots = dict.fromkeys(alias.root for alias in known.values() if alias.root.op == "placeholder")
-        given = [(self._lowered.slot_of[root], root.meta["val"]) for root in roots]
-        seen = [(slot, tuple(value.shape), value.stride()) for slot, value in given]
-        return one_a_kernel(self._module, self._lowered, known), seen
+        given = [
+            (node.meta.get("val"), slot) for node, slot in self._lowered.slot_of.items() if node.op == "placeholder"
+        ]
+        arguments = [(value, slot) for value, slot in given if isinstance(value, torch.Tensor)]
+        static = all(is_known(value) for value, _ in arguments)
+        seen = [(slot, tuple(value.shape), value.stride()) for value, slot in arguments if is_known(value)]
+        return one_a_kernel(self._module, self._lowered, known, checked=not static), seen

@@ -49,6 +49,11 @@ def looked_at(node: fx.Node) -> fx.Node | None:
     return view_source(node.args[0] if is_getitem(node) else node)  # type: ignore[arg-type]
 
 
+def is_known(tensor: torch.Tensor) -> bool:
+    """Whether all that says where a tensor lies is numbers: where shapes are dynamic, some of it is symbols."""
+    return all(type(n) is int for n in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
 def _root(node: fx.Node) -> fx.Node:
     while (source := looked_at(node)) is not None:
         node = source
@@ -59,14 +64,9 @@ def _alias(view: object, root: fx.Node) -> Alias | None:
     base = root.meta.get("val")
     if not isinstance(view, torch.Tensor) or not isinstance(base, torch.Tensor) or _kind(view) != _kind(base):
         return None
-    if view.layout != torch.strided or not all(map(_known, (view, base))):
+    if view.layout != torch.strided or not all(map(is_known, (view, base))):
         return None
     return Alias(root, tuple(view.shape), view.stride(), int(view.storage_offset() - base.storage_offset()))
-
-
-def _known(tensor: torch.Tensor) -> bool:
-    """Whether all that says where a tensor lies is numbers: where shapes are dynamic, some of it is symbols."""
-    return all(type(n) is int for n in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
 
 
 def _kind(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from memplan import torch_compat
+from memplan.codegen.lowering import FusedRegion
 from memplan.lower import Binding, Lowered
 from memplan.program import StepKind
 from memplan.runtime.views import Alias, looked_at
@@ -37,11 +38,17 @@ def one_a_step(module: fx.GraphModule, lowered: Lowered) -> Calls:
     return Calls(writer.functions(parts), range(len(parts)))
 
 
-def one_a_kernel(module: fx.GraphModule, lowered: Lowered, known: Mapping[fx.Node, Alias]) -> Calls:
-    """Functions of a kernel and all that follows until the next. Views that are ``known`` are made where they are read."""
+def one_a_kernel(
+    module: fx.GraphModule, lowered: Lowered, known: Mapping[fx.Node, Alias], checked: bool = True
+) -> Calls:
+    """Functions of a kernel and all that follows until the next. Views that are ``known`` are made where they are read.
+
+    ``checked``: whether regions look how their operands lie.
+    """
     known = {view: alias for view, alias in known.items() if view not in lowered.outputs}
     unread = _unread(lowered, known)
-    writer = _Writer(module, lowered.slot_of, known, {lowered.slot_of[n] for n in unread if n in lowered.slot_of})
+    empty = {lowered.slot_of[node] for node in unread if node in lowered.slot_of}
+    writer = _Writer(module, lowered.slot_of, known, empty, checked)
     parts: list[list[Binding]] = []
     first: list[int] = []
     kinds = (step.kind for step in lowered.program.steps)
@@ -73,12 +80,14 @@ class _Writer:
         slot_of: Mapping[fx.Node, int],
         known: Mapping[fx.Node, Alias] | None = None,
         empty: set[int] | None = None,
+        checked: bool = True,
     ) -> None:
         """``known``: views without a slot. ``empty``: slots that are never filled."""
         self._module = module
         self._slot_of = slot_of
         self._known = known or {}
         self._empty = empty or set()
+        self._checked = checked
         # None of the functions is put here: those that know it would be cyclic garbage.
         self._constants: dict[str, Any] = {"__view": torch_compat.reinterpret}
 
@@ -100,14 +109,20 @@ class _Writer:
             return [f"slots[{slot}] = None" for slot in binding.drops if slot not in self._empty]
         if node.op == "get_attr":
             return [f"slots[{binding.results[0][1]}] = {self._named(attrgetter(str(node.target))(self._module))}"]
-        given = [self._text(a) for a in node.args] + [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
-        call = f"{value} = {self._named(torch_compat.direct(node.target))}({', '.join(given)})"
+        call = f"{value} = {self._called(node)}"
         kept = [
             f"slots[{slot}] = {value}" + (f"[{place}]" if place >= 0 else "")
             for place, slot in binding.results
             if slot not in self._empty
         ]
         return [call, *kept]
+
+    def _called(self, node: fx.Node) -> str:
+        given = ", ".join([*map(self._text, node.args), *(f"{k}={self._text(v)}" for k, v in node.kwargs.items())])
+        if self._checked or not isinstance(node.target, FusedRegion):
+            return f"{self._named(torch_compat.direct(node.target))}({given})"
+        only = "[0]" if len(node.target.region.outputs) == 1 else ""
+        return f"{self._named(node.target.unchecked)}([{given}]){only}"
 
     def _text(self, value: Any) -> str:
         """An argument: slots for its nodes, everything else as it is."""
