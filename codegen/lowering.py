@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from memplan.errors import OptionError
 LOWERINGS = ("triton", "inductor", "eager")
 
 
+@cache
 def default_lowering(device: str) -> str:
     """The fastest that is available: Triton on CUDA, Inductor's C++ where a compiler is found, else eager."""
     if device == "cuda":

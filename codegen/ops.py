@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
@@ -105,6 +103,7 @@ _MOVES = [
     "glu",
 ]
 _OVER_SEVERAL_DTYPES = ("native_layer_norm", "native_layer_norm_backward")  # these regions compute as the kernels do
+_ON_THE_CPU = ("embedding",)  # a loop nest of Triton's reads its operands where it stands
 _NAMES = frozenset((*_REDUCTIONS, *_CREATIONS, *_MOVES))
 
 
@@ -119,9 +118,9 @@ def is_fusible(node: fx.Node) -> bool:
         return False
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
         return False
-    if torch.Tag.pointwise not in target.tags and target.overloadpacket.__name__ not in _NAMES:
-        return False
     name = target.overloadpacket.__name__
+    if torch.Tag.pointwise not in target.tags and name not in _NAMES and not (name in _ON_THE_CPU and _is_on_cpu(node)):
+        return False
     if "norm" in name and name not in _OVER_SEVERAL_DTYPES and mixes_dtypes(node):
         return False
     return all(_is_plain(n) for n in (node, *node.all_input_nodes))
@@ -134,22 +133,12 @@ def mixes_dtypes(node: fx.Node) -> bool:
     return len({v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}) > 1
 
 
-def sums_up_roughly(target: object, args: Sequence[object]) -> bool:
-    """Whether torch's own kernel adds up whole channels in single precision, where a region's sums are short: batch norms
-    on the CPU over images whose channels lie innermost."""
-    x = args[_NORMS[target]] if target in _NORMS else None
-    value = x.meta.get("val") if isinstance(x, fx.Node) else None
-    if value is None or value.device.type != "cpu" or value.dim() != 4 or value.is_contiguous():
-        return False
-    return bool(value.is_contiguous(memory_format=torch.channels_last))
-
-
-_NORMS: dict[object, int] = {  # place of what is normalised
-    torch.ops.aten._native_batch_norm_legit_functional.default: 0,
-    torch.ops.aten._native_batch_norm_legit.no_stats: 0,
-    torch.ops.aten.native_batch_norm_backward.default: 1,
-}
 _NAMESPACES = ("aten", "prims")
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
 
 
 def _is_plain(node: fx.Node) -> bool:

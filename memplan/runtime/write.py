@@ -41,12 +41,15 @@ def one_a_step(module: fx.GraphModule, lowered: Lowered) -> Calls:
 def one_a_kernel(
     module: fx.GraphModule, lowered: Lowered, known: Mapping[fx.Node, Alias], checked: bool = True
 ) -> Calls:
-    """Functions of a kernel and all that follows until the next. Views that are ``known`` are made where they are read.
+    """Functions of a kernel and all that follows until the next. Views that are ``known`` are made where they are read;
+    results that show an argument are left to their ops, which tell autograd.
 
     ``checked``: whether regions look how their operands lie.
     """
-    known = {view: alias for view, alias in known.items() if view not in lowered.outputs}
-    unread = _unread(lowered, known)
+    results = {value for value in lowered.outputs if isinstance(value, fx.Node)}
+    of_arguments = {view for view in results & known.keys() if known[view].root.op == "placeholder"}
+    known = {view: alias for view, alias in known.items() if view not in of_arguments}
+    unread = _unread(lowered, known.keys() - results)
     empty = {lowered.slot_of[node] for node in unread if node in lowered.slot_of}
     writer = _Writer(module, lowered.slot_of, known, empty, checked)
     parts: list[list[Binding]] = []
@@ -62,7 +65,7 @@ def one_a_kernel(
     return Calls(writer.functions(parts), first)
 
 
-def _unread(lowered: Lowered, known: Mapping[fx.Node, Alias]) -> set[fx.Node]:
+def _unread(lowered: Lowered, known: set[fx.Node]) -> set[fx.Node]:
     """Views whose slots nobody reads: those that are known, and those that only such views look at."""
     unread = set(known)
     for node in reversed(lowered.slot_of):
@@ -82,7 +85,7 @@ class _Writer:
         empty: set[int] | None = None,
         checked: bool = True,
     ) -> None:
-        """``known``: views without a slot. ``empty``: slots that are never filled."""
+        """``known``: views that need no op. ``empty``: slots that are never filled."""
         self._module = module
         self._slot_of = slot_of
         self._known = known or {}
@@ -109,7 +112,7 @@ class _Writer:
             return [f"slots[{slot}] = None" for slot in binding.drops if slot not in self._empty]
         if node.op == "get_attr":
             return [f"slots[{binding.results[0][1]}] = {self._named(attrgetter(str(node.target))(self._module))}"]
-        call = f"{value} = {self._called(node)}"
+        call = f"{value} = {self._operand(node) if node in self._known else self._called(node)}"
         kept = [
             f"slots[{slot}] = {value}" + (f"[{place}]" if place >= 0 else "")
             for place, slot in binding.results

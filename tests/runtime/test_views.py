@@ -128,3 +128,12 @@ def test_a_result_that_is_a_view_is_one() -> None:
     for _ in range(2):
         (result,) = run([x])
         assert result is not x and result.data_ptr() == x[1:].data_ptr() and result.stride() == (1, 6)
+
+
+def test_a_result_that_shows_a_kernel_s_value_needs_no_op() -> None:
+    x = torch.randn(4, 6)
+    run = traced(lambda x: x.neg().split(2, dim=1)[1].transpose(0, 1), x)
+    for _ in range(2):
+        (result,) = run([x])
+        assert torch.equal(result, x.neg()[:, 2:4].t()) and result.stride() == (1, 6)
+    assert ops(run, x) == [aten.neg.default]
