@@ -242,10 +242,11 @@ def _loss_block(described: Signature, made: list[Layout]) -> int:
 
 
 def _sorted_rows(described: Signature, made: list[Layout]) -> int:
-    """Experts' ids and their order; the rows of two matrices, sorted: both operands, or an operand and the result."""
-    first, second, experts = described.operands()[:3]
-    other = made[0] if described.target.name() == EXPERT_PRODUCTS else second
-    return first.nbytes + other.nbytes + 3 * 8 * experts.numel
+    """The rows of two matrices, sorted: both operands, or an operand and the result; and how many there are of each."""
+    first, second = described.operands()[:2]
+    products = described.target.name() == EXPERT_PRODUCTS
+    other, counts = (made[0], second.shape[0]) if products else (second, made[0].shape[0])
+    return first.nbytes + other.nbytes + 8 * counts
 
 
 def _dense_copies(described: Signature, made: list[Layout]) -> int:

@@ -9,88 +9,100 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memplan.runtime.own import kernel
 
-@torch.library.custom_op("memplan::expert_products", mutates_args=())
-def expert_products(rows: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
+
+_ops = torch.ops.memplan
+
+
+@kernel("expert_order(Tensor experts, SymInt count) -> Tensor")
+def _order(experts: Tensor, count: int) -> Tensor:
+    """[2, S]: ``experts`` [S], integers, counted from 0 (negative ones count from the end), and the rows in order of their
+    experts. Raises IndexError where one names none of ``count`` experts."""
+    lowest, highest = (int(n) for n in experts.aminmax()) if len(experts) else (0, -1)
+    if not -count <= lowest or not highest < count:
+        raise IndexError(f"a row names an expert that is none of the {count}")
+    experts = torch.where(experts < 0, experts + count, experts) if lowest < 0 else experts
+    return torch.stack((experts, experts.argsort(stable=True)))
+
+
+@kernel("expert_products(Tensor rows, Tensor weight, Tensor by, bool transposed) -> Tensor")
+def _products(rows: Tensor, weight: Tensor, by: Tensor, transposed: bool) -> Tensor:
     """Row s of ``rows`` [S, D] times matrix experts[s] of ``weight``: [S, N].
 
-    ``weight``: [E, D, N], ``transposed`` [E, N, D]. ``experts`` [S]: integers, negative ones count from the end. Raises
-    IndexError where one names no expert. Beside the result, both operands of the products are held sorted.
+    ``weight``: [E, D, N], ``transposed`` [E, N, D]. ``by``: what ``expert_order`` makes of ``experts``. Beside the result,
+    both operands of the products are held sorted.
     """
-    order, counts = _by_expert(experts, len(weight))
-    grouped = rows[order]
+    experts, order = by
+    counts = experts.bincount(minlength=len(weight)).tolist()
     matrices = weight.transpose(1, 2) if transposed else weight
     made = rows.new_empty(len(rows), matrices.shape[2])
-    start = 0
-    for matrix, count in zip(matrices, counts, strict=True):
-        if count:
-            here = slice(start, start + count)
-            torch.mm(grouped[here], matrix, out=made[here])
-            start += count
+    for some, matrix, out in zip(rows.index_select(0, order).split(counts), matrices.unbind(), made.split(counts)):
+        if len(some):
+            torch.mm(some, matrix, out=out)
     return torch.empty_like(made).index_copy_(0, order, made)
 
 
-@torch.library.custom_op("memplan::expert_sums", mutates_args=())
-def expert_sums(left: Tensor, right: Tensor, experts: Tensor, count: int) -> Tensor:
+@kernel("expert_sums(Tensor left, Tensor right, Tensor by, SymInt count) -> Tensor")
+def _sums(left: Tensor, right: Tensor, by: Tensor, count: int) -> Tensor:
     """The sum over an expert's rows of the outer products of ``left`` [S, A] and ``right`` [S, B]: [count, A, B], zero for
     an expert without rows."""
-    order, counts = _by_expert(experts, count)
-    left, right = left[order], right[order]
+    experts, order = by
+    counts = experts.bincount(minlength=count).tolist()
     made = left.new_empty(count, left.shape[1], right.shape[1])
-    start = 0
-    for total, rows in zip(made, counts, strict=True):
-        here = slice(start, start + rows)
-        if rows:
-            torch.mm(left[here].t(), right[here], out=total)
-        else:
-            total.zero_()
-        start += rows
+    sorted_left, sorted_right = left.index_select(0, order), right.index_select(0, order)
+    for some, other, total in zip(sorted_left.split(counts), sorted_right.split(counts), made.unbind()):
+        torch.mm(some.t(), other, out=total)  # zeros where there are no rows
     return made
 
 
-def _by_expert(experts: Tensor, count: int) -> tuple[Tensor, list[int]]:
-    """The rows in order of their experts, and how many each has."""
-    experts = torch.where(experts < 0, experts + count, experts)
-    if len(experts) and not (0 <= int(experts.min()) and int(experts.max()) < count):
-        raise IndexError(f"a row names an expert that is none of the {count}")
-    return experts.argsort(stable=True), experts.bincount(minlength=count).tolist()
+@torch.library.register_fake("memplan::expert_order")
+def _(experts: Tensor, count: int) -> Tensor:
+    return experts.new_empty((2, *experts.shape), dtype=torch.int64)
 
 
-@expert_products.register_fake
-def _(rows: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
+@torch.library.register_fake("memplan::expert_products")
+def _(rows: Tensor, weight: Tensor, by: Tensor, transposed: bool) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 2])
 
 
-@expert_sums.register_fake
-def _(left: Tensor, right: Tensor, experts: Tensor, count: int) -> Tensor:
+@torch.library.register_fake("memplan::expert_sums")
+def _(left: Tensor, right: Tensor, by: Tensor, count: int) -> Tensor:
     return left.new_empty(count, left.shape[1], right.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, experts, ctx.transposed = inputs
-    ctx.save_for_backward(rows, weight, experts)
+    *kept, ctx.last = inputs
+    ctx.save_for_backward(*kept)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    rows, weight, experts = ctx.saved_tensors
+def _products_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weight, by = ctx.saved_tensors
     of_rows = of_weight = None
     if ctx.needs_input_grad[0]:
-        of_rows = torch.ops.memplan.expert_products(gradient, weight, experts, not ctx.transposed)
+        of_rows = _ops.expert_products(gradient, weight, by, not ctx.last)
     if ctx.needs_input_grad[1]:
-        operands = (gradient, rows) if ctx.transposed else (rows, gradient)
-        of_weight = torch.ops.memplan.expert_sums(*operands, experts, len(weight))
+        of_weight = _ops.expert_sums(*((gradient, rows) if ctx.last else (rows, gradient)), by, len(weight))
     return of_rows, of_weight, None, None
 
 
-expert_products.register_autograd(_backward, setup_context=_save)
+def _sums_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    left, right, by = ctx.saved_tensors
+    of_left = _ops.expert_products(right, gradient, by, True) if ctx.needs_input_grad[0] else None
+    of_right = _ops.expert_products(left, gradient, by, False) if ctx.needs_input_grad[1] else None
+    return of_left, of_right, None, None
 
 
-@register_flop_formula(torch.ops.memplan.expert_products)
+torch.library.register_autograd("memplan::expert_products", _products_backward, setup_context=_save)
+torch.library.register_autograd("memplan::expert_sums", _sums_backward, setup_context=_save)
+
+
+@register_flop_formula(_ops.expert_products)
 def _product_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * rows[0] * weight[1] * weight[2]
 
 
-@register_flop_formula(torch.ops.memplan.expert_sums)
+@register_flop_formula(_ops.expert_sums)
 def _sum_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
 
@@ -102,5 +114,5 @@ def multiply_gathered(weight: Tensor, experts: Tensor, vectors: Tensor, from_lef
     """
     dimension = 1 if from_left else 2
     rows = vectors.squeeze(dimension).to(dtype)
-    made = torch.ops.memplan.expert_products(rows, weight.to(dtype), experts, not from_left)
+    made = _ops.expert_products(rows, weight.to(dtype), _ops.expert_order(experts, len(weight)), not from_left)
     return made.unsqueeze(dimension)

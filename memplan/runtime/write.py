@@ -17,6 +17,7 @@ from memplan import torch_compat
 from memplan.codegen.lowering import FusedRegion
 from memplan.lower import Binding, Lowered
 from memplan.program import StepKind
+from memplan.runtime.own import KERNELS
 from memplan.runtime.views import Alias, looked_at
 
 Slots = list[Any]
@@ -123,7 +124,7 @@ class _Writer:
     def _called(self, node: fx.Node) -> str:
         given = ", ".join([*map(self._text, node.args), *(f"{k}={self._text(v)}" for k, v in node.kwargs.items())])
         if self._checked or not isinstance(node.target, FusedRegion):
-            return f"{self._named(torch_compat.direct(node.target))}({given})"
+            return f"{self._named(KERNELS.get(node.target) or torch_compat.direct(node.target))}({given})"
         only = "[0]" if len(node.target.region.outputs) == 1 else ""
         return f"{self._named(node.target.unchecked)}([{given}]){only}"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import memplan
 from memplan.passes.calls import name_of
 from memplan.passes.experts import GroupExperts
-from memplan.runtime.experts import expert_sums, multiply_gathered
+from memplan.runtime.experts import multiply_gathered
 from tests.peak import peak_above
 
 EXPERTS, ROWS, WIDTH, OUT = 5, 9, 6, 7
@@ -114,6 +114,16 @@ def test_any_routing_in_double_precision(rows, experts, left, backwards, frozen,
     torch.testing.assert_close(torch.autograd.grad(got, asked, upstream), torch.autograd.grad(want, asked, upstream))
 
 
+def test_second_derivatives():
+    rows, weight, experts = (t.double() if t.is_floating_point() else t for t in _inputs())
+    by = torch.ops.memplan.expert_order(experts, EXPERTS)
+    inputs = (rows.detach().requires_grad_(), weight.detach().requires_grad_())
+    for transposed in (False, True):
+        matrices = (inputs[0], inputs[1].transpose(1, 2) if transposed else inputs[1])
+        run = lambda r, w, t=transposed: torch.ops.memplan.expert_products(r, w, by, t)
+        assert torch.autograd.gradgradcheck(run, matrices)
+
+
 @pytest.mark.parametrize("expert", [EXPERTS, -EXPERTS - 1])
 def test_an_expert_that_is_not_there_is_an_error(expert):
     rows, weight, experts = _inputs()
@@ -124,17 +134,22 @@ def test_an_expert_that_is_not_there_is_an_error(expert):
 
 def test_an_expert_without_rows_gets_zeros():
     rows, _, _ = _inputs()
-    sums = expert_sums(rows, rows, torch.zeros(ROWS, dtype=torch.int64), 2)
+    by = torch.ops.memplan.expert_order(torch.zeros(ROWS, dtype=torch.int64), 2)
+    sums = torch.ops.memplan.expert_sums(rows, rows, by, 2)
     torch.testing.assert_close(sums[0], rows.t() @ rows)
     assert not sums[1].any()
 
 
-@pytest.mark.parametrize("op", [torch.ops.memplan.expert_products.default, torch.ops.memplan.expert_sums.default])
-def test_the_ops_are_what_torch_expects_of_ops(op):
+@pytest.mark.parametrize("name", ["expert_order", "expert_products", "expert_sums"])
+def test_the_ops_are_what_torch_expects_of_ops(name):
     rows, weight, experts = _inputs()
-    last = (weight, experts, False) if op.name().endswith("products") else (rows.detach(), experts, EXPERTS)
-    inputs = (rows if op.name().endswith("products") else rows.detach(), *last)
-    torch.library.opcheck(op, inputs)
+    by = torch.ops.memplan.expert_order(experts, EXPERTS)
+    operands = {
+        "expert_order": (experts, EXPERTS),
+        "expert_products": (rows, weight, by, False),
+        "expert_sums": (rows, rows.detach(), by, EXPERTS),
+    }
+    torch.library.opcheck(getattr(torch.ops.memplan, name).default, operands[name])
 
 
 class Mixture(nn.Module):
