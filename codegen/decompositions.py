@@ -145,7 +145,18 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Te
     return result.to(x.dtype), mean, scale
 
 
+def _thin_product(left: Tensor, right: Tensor) -> Any:
+    """A product by a row or a column, which no tiles would make faster; narrow operands are added up in float32."""
+    wide = torch.promote_types(left.dtype, torch.float32) if left.is_floating_point() else left.dtype
+    left_, right_ = left.to(wide), right.to(wide)
+    if left.shape[-1] == 1:
+        return (left_ * right_).to(left.dtype)
+    return (left_.unsqueeze(-1) * right_.unsqueeze(-3)).sum(-2).to(left.dtype)
+
+
 _OURS: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _thin_product,
+    aten.bmm.default: _thin_product,
     aten.nll_loss_backward.default: _nll_loss_backward,
     aten.native_layer_norm.default: _layer_norm,
     aten._native_batch_norm_legit_functional.default: _norm,

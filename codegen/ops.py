@@ -119,7 +119,8 @@ def is_fusible(node: fx.Node) -> bool:
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
         return False
     name = target.overloadpacket.__name__
-    if torch.Tag.pointwise not in target.tags and name not in _NAMES and not (name in _ON_THE_CPU and _is_on_cpu(node)):
+    known = torch.Tag.pointwise in target.tags or name in _NAMES
+    if not known and not (_is_on_cpu(node) and (name in _ON_THE_CPU or is_thin_product(node))):
         return False
     if "norm" in name and name not in _OVER_SEVERAL_DTYPES and mixes_dtypes(node):
         return False
@@ -133,6 +134,19 @@ def mixes_dtypes(node: fx.Node) -> bool:
     return len({v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}) > 1
 
 
+def is_thin_product(node: fx.Node) -> bool:
+    """Whether a matrix product is one by a row or a column, and takes no longer than its call: state-space models have
+    one a token."""
+    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+        return False
+    left, right = (n.meta["val"] for n in node.all_input_nodes * (3 - len(node.all_input_nodes)))
+    rows, terms, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    if not all(type(extent) is int for extent in (*left.shape, columns)):
+        return False
+    return 1 in (rows, terms, columns) and left.numel() * columns <= _CALL
+
+
+_CALL = 1 << 16  # multiplications of one core in the 3 us of a call
 _NAMESPACES = ("aten", "prims")
 
 

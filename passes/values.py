@@ -10,10 +10,12 @@ from torch import fx
 from memplan import torch_compat
 from memplan.build_problem import view_source
 from memplan.capture import input_nodes, is_getitem, is_random, tensors
+from memplan.runtime.own import KERNELS
 
 
 def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Nodes of one number have one value whatever the inputs are: the same op of aten on operands of the same numbers.
+    """Nodes of one number have one value whatever the inputs are: the same op of aten, or of memplan, on operands of the
+    same numbers.
 
     Random ops, ops with effects and readers of memory that the graph changes have numbers of their own.
     (Value numbering: Alpern, Wegman and Zadeck, "Detecting equality of variables in programs", POPL 1988.)
@@ -80,6 +82,8 @@ def _is_pure(node: fx.Node) -> bool:
     if is_getitem(node):
         return True
     target = node.target
+    if target in KERNELS:
+        return True
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
         return False
     return not target._schema.is_mutable and not is_random(node) and not node.is_impure()

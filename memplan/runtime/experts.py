@@ -11,7 +11,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memplan.runtime.own import kernel
 
-
 _ops = torch.ops.memplan
 
 

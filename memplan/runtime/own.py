@@ -13,10 +13,11 @@ KERNELS: dict[Any, Callable[..., Any]] = {}  # by overload
 
 
 def kernel(schema: str) -> Callable[[_Function], _Function]:
-    """Defines the op ``memplan::schema`` with the decorated function as its kernel on every device.
+    """Defines the op ``memplan::schema`` with the decorated function as its kernel on every device: one without effects,
+    whose results are new and the same for the same operands.
 
     torch.library.custom_op checks at every call that no result shares memory with an operand, which takes as long as
-    several small products; here that is the kernel's own word, and the tests' (``torch.library.opcheck``).
+    several small products; here that is the function's own word, and the tests' (``torch.library.opcheck``).
     """
     name, _, signature = schema.partition("(")
     qualified = f"memplan::{name}"

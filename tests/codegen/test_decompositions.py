@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memplan.codegen.lowering import FusedRegion, default_lowering
+from memplan.codegen.ops import is_thin_product
 from memplan.codegen.region import Region
 from memplan.torch_compat import FakeTensorMode, trace_fake
 
@@ -119,3 +120,29 @@ def test_a_layer_norm_over_two_dtypes_is_the_kernel_s(biased: bool) -> None:
     for one, other in zip(compiled(back, *later), back(*later), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("sizes", ((1, 9, 20), (20, 9, 1), (7, 1, 20), (1, 1, 1)), ids=str)
+@pytest.mark.parametrize("batched", (True, False), ids=("bmm", "mm"))
+def test_products_by_a_row_or_a_column(sizes: tuple[int, int, int], batched: bool, dtype: torch.dtype) -> None:
+    rows, terms, columns = sizes
+    chance = torch.Generator().manual_seed(0)
+    batch = (3,) if batched else ()
+    left = torch.randn((*batch, terms, rows), generator=chance).to(dtype).transpose(-1, -2)
+    right = torch.randn((*batch, terms, columns), generator=chance).to(dtype)
+    (found,) = compiled(lambda a, b: [torch.bmm(a, b) if batched else torch.mm(a, b)], left, right)
+    exact = left.double() @ right.double()
+    assert found.dtype == dtype and found.is_contiguous()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_only_products_shorter_than_their_call_are_thin() -> None:
+    def thin(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+        mode = FakeTensorMode()
+        operands = [mode.from_tensor(torch.empty(shape)) for shape in (left, right)]
+        graph = trace_fake(lambda a, b: (torch.bmm(a, b) if a.dim() == 3 else torch.mm(a, b),), operands)
+        return any(is_thin_product(n) for n in graph.graph.nodes)
+
+    assert thin((3, 1, 9), (3, 9, 4)) and thin((5, 1), (1, 7))
+    assert not thin((3, 2, 9), (3, 9, 4)) and not thin((1, 4096), (4096, 4096))

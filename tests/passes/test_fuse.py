@@ -19,6 +19,7 @@ from memplan.capture import Capture
 from memplan.codegen import lowering
 from memplan.codegen.compiled import CompiledRegion
 from memplan.codegen.eager import compile_eager
+from memplan.codegen.lowering import FusedRegion
 from memplan.codegen.region import Region
 from memplan.cost import cost_model
 from memplan.devices import profile_for
@@ -164,6 +165,45 @@ def test_inductor_lowering_agrees_to_rounding() -> None:
     found = gradients(model, torch.compile(model, backend=FusedBackend(lowering="inductor")), *inputs)
     for a, b in zip(expected, found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Looked(nn.Module):
+    """An embedding whose sum with positions is normalised, and a kernel between two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(24, 16, padding_idx=0), nn.Parameter(torch.randn(6, 16))
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(self.norm(self.words(ids) + self.places)))).mean()
+
+
+@pytest.mark.parametrize("lowering", ["inductor", "eager"])
+def test_embeddings_join_and_lone_kernels_are_regions_of_the_cpu(lowering: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids = Looked(), torch.randint(0, 24, (2, 6))
+    backend = FusedBackend(lowering=lowering)
+    compiled = torch.compile(model, backend=backend)
+    expected = gradients(model, model, ids)
+    for _ in range(2):  # the second time without a look at how operands lie
+        for a, b in zip(expected, gradients(model, compiled, ids), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert backend.fused is not None
+    targets = [str(n.target) for n in backend.fused.scheduled.graph_module.graph.nodes]
+    assert ("aten.gelu.default" in targets) == (lowering == "eager")
+    assert "aten.embedding.default" not in targets
+
+
+def test_a_region_refuses_operands_that_lie_otherwise() -> None:
+    x = torch.randn(4, 6)
+    graph = torch_compat.trace_fake(lambda x: (x.sin().cos(),), [torch_compat.FakeTensorMode().from_tensor(x)])
+    region = FusedRegion(Region.from_graph_module(graph), "eager")
+    torch.testing.assert_close(region(x), x.sin().cos())
+    for other in (torch.randn(6, 4).t(), torch.randn(4, 7), x.double()):
+        with pytest.raises(AssertionError):
+            region(other)
 
 
 def test_fusion_frees_bytes_that_the_planner_spends() -> None:
