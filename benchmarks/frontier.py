@@ -37,12 +37,12 @@ class Plan:
     rivals: tuple[str, ...]
     budgets: int
     lowerings: tuple[str, ...]
+    match: bool = False  # at every rival's own peak, too
 
 
 def run(bench: Bench, plan: Plan) -> None:
     for model in plan.models:
-        for rival in plan.rivals:
-            bench.record(model, rival)
+        rivals = [bench.record(model, rival) for rival in plan.rivals]
         if not plan.budgets:
             continue
         unplanned = bench.record(model, "memplan")
@@ -54,7 +54,11 @@ def run(bench: Bench, plan: Plan) -> None:
             smallest = bench.record(model, asked, asked, 1).get("infeasible", {}).get("smallest")
             if smallest is None:
                 continue
-            for name, budget in budgets(unplanned["peak"], smallest, plan.budgets).items():
+            points = budgets(unplanned["peak"], smallest, plan.budgets)
+            if plan.match:
+                peaks = [rival["peak"] for rival in rivals if smallest < rival.get("peak", 0) < unplanned["peak"]]
+                points = {f"{100 * peak / unplanned['peak']:.1f}%": peak for peak in peaks} | points
+            for name, budget in points.items():
                 bench.record(model, f"{lowering}@{name}", f"{lowering}@{budget}", budget)
 
 
@@ -81,6 +85,7 @@ def main() -> None:
         default=12,
         help="points of memplan, unplanned and smallest included; 0 measures rivals alone",
     )
+    parser.add_argument("--match", action="store_true", help="points of memplan at each rival's peak, too")
     parser.add_argument("--lowerings", nargs="+", default=list(OURS), choices=OURS, help="of memplan's points")
     parser.add_argument("--sizes", nargs="+", default=["bench"], choices=["small", "bench"])
     parser.add_argument("--dropout", action="store_true", help="the variants with dropout as well")
@@ -106,7 +111,7 @@ def main() -> None:
     results = Results(path, environment())
     if not given.report:
         with Bench(results, given.pairs, given.threads, given.force) as bench:
-            run(bench, Plan(selected(given), chosen(given.rivals), given.budgets, tuple(given.lowerings)))
+            run(bench, Plan(selected(given), chosen(given.rivals), given.budgets, tuple(given.lowerings), given.match))
     text = report(results.data)
     of = "" if path.stem == "training" else f"_{path.stem}"  # other sizes and dtypes: reports of their own
     path.with_name(f"frontier{of}.md").write_text(text)
