@@ -23,6 +23,7 @@ from memplan.codegen.ops import is_fusible, mixes_dtypes
 from memplan.codegen.region import Region
 from memplan.errors import UnsupportedError
 from memplan.passes.copying import resolve
+from memplan.passes.reuse import overwriting
 from memplan.passes.runs import RunGraph
 from memplan.passes.schedule import Scheduled
 from memplan.problem import Op, Phase, Problem
@@ -107,6 +108,7 @@ class _Writer:
         caps: Mapping[int, int],
     ) -> None:
         self.caps = caps
+        self.overwriting = overwriting(graph.scheduled)
         self.graph, self.plan, self.lowering, self.kernels, self.measured = graph, plan, lowering, kernels, measured
         self.new = fx.Graph()
         self.now: dict[fx.Node, fx.Node] = {}
@@ -153,9 +155,11 @@ class _Writer:
         """Whether a region of this run alone takes its kernel's place, and was not found to need too much memory.
 
         On the CPU it is called in a third of the time, its loops are for just these sizes and strides, and some sums are
-        more exact. What makes constants stays as it is.
+        more exact. What makes constants stays as it is, and so does what may write over an operand.
         """
         fusible = self.graph.problem.runs[run].domain >= 0 and self.caps.get(run, 1) > 0
+        if not self.overwriting.isdisjoint(self.graph.members[run]):
+            return False
         operands = [n for member in self.graph.members[run] for n in input_nodes(member)]
         return fusible and any((self.lowering or _default(operand)) == "inductor" for operand in operands)
 

@@ -65,6 +65,11 @@ def overlays(scheduled: Scheduled, problem: Problem) -> Overlays:
     return {i: problem.buffers[node.meta[BUFFER]].size for node in found if (i := node.meta[OP]) not in fails}
 
 
+def overwriting(scheduled: Scheduled) -> frozenset[fx.Node]:
+    """The kernels that may write over an operand."""
+    return frozenset(_Candidates(scheduled).found())
+
+
 def any_overlays(problem: Problem) -> Overlays:
     """More than any order allows: every op whose kernel has such a form."""
     kernels = {str(target) for target in OUT_FORMS}
