@@ -154,8 +154,7 @@ class _Writer:
     def _is_better_alone(self, run: int) -> bool:
         """Whether a region of this run alone takes its kernel's place, and was not found to need too much memory.
 
-        On the CPU it is called in a third of the time, its loops are for just these sizes and strides, and some sums are
-        more exact. What makes constants stays as it is, and so does what may write over an operand.
+        On the CPU its call is shorter, its loops are for just these sizes and strides, and some sums are more exact. What makes constants stays as it is, and so does what may write over an operand.
         """
         fusible = self.graph.problem.runs[run].domain >= 0 and self.caps.get(run, 1) > 0
         if not self.overwriting.isdisjoint(self.graph.members[run]):
