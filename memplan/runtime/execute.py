@@ -72,7 +72,7 @@ class _Trial:
     """The first run: what every view comes to is compared with what tracing foresaw."""
 
     def __init__(self, module: fx.GraphModule, lowered: Lowered, plain: Calls) -> None:
-        self._module, self._lowered = module, lowered
+        self._module, self._lowered, self._plain = module, lowered, plain
         self._known = aliases(lowered.slot_of)
         self._wrong: set[fx.Node] = set()
         nodes = [binding.node for binding in lowered.bindings]
@@ -94,11 +94,10 @@ class _Trial:
 
     def passed(self) -> tuple[Calls, list[_Seen]]:
         """The calls to run from now on, and how arguments must lie for that."""
+        placeholders = ((n.meta.get("val"), slot) for n, slot in self._lowered.slot_of.items() if n.op == "placeholder")
+        arguments = [(value, slot) for value, slot in placeholders if isinstance(value, torch.Tensor)]
+        if not all(is_known(value) for value, _ in arguments):
+            return self._plain, []  # other sizes may come: nothing is taken for granted
         known = {node: alias for node, alias in self._known.items() if node not in self._wrong}
-        given = [
-            (node.meta.get("val"), slot) for node, slot in self._lowered.slot_of.items() if node.op == "placeholder"
-        ]
-        arguments = [(value, slot) for value, slot in given if isinstance(value, torch.Tensor)]
-        static = all(is_known(value) for value, _ in arguments)
-        seen = [(slot, tuple(value.shape), value.stride()) for value, slot in arguments if is_known(value)]
-        return one_a_kernel(self._module, self._lowered, known, checked=not static), seen
+        seen = [(slot, tuple(value.shape), value.stride()) for value, slot in arguments]
+        return one_a_kernel(self._module, self._lowered, known), seen

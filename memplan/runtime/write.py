@@ -7,6 +7,7 @@ where it is read, and what dies after a kernel is dropped in the kernel's functi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -39,20 +40,18 @@ def one_a_step(module: fx.GraphModule, lowered: Lowered) -> Calls:
     return Calls(writer.functions(parts), range(len(parts)))
 
 
-def one_a_kernel(
-    module: fx.GraphModule, lowered: Lowered, known: Mapping[fx.Node, Alias], checked: bool = True
-) -> Calls:
-    """Functions of a kernel and all that follows until the next. Views that are ``known`` are made where they are read;
-    results that show an argument are left to their ops, which tell autograd.
+def one_a_kernel(module: fx.GraphModule, lowered: Lowered, known: Mapping[fx.Node, Alias]) -> Calls:
+    """Functions of a kernel and all that follows until the next, for operands that lie as a first run showed.
 
-    ``checked``: whether regions look how their operands lie.
+    Views that are ``known`` are made where they are read; results that show an argument are left to their ops, which tell
+    autograd. Regions do not look how their operands lie.
     """
     results = {value for value in lowered.outputs if isinstance(value, fx.Node)}
     of_arguments = {view for view in results & known.keys() if known[view].root.op == "placeholder"}
     known = {view: alias for view, alias in known.items() if view not in of_arguments}
     unread = _unread(lowered, known.keys() - results)
     empty = {lowered.slot_of[node] for node in unread if node in lowered.slot_of}
-    writer = _Writer(module, lowered.slot_of, known, empty, checked)
+    writer = _Writer(module, lowered.slot_of, known, empty)
     parts: list[list[Binding]] = []
     first: list[int] = []
     kinds = (step.kind for step in lowered.program.steps)
@@ -83,15 +82,15 @@ class _Writer:
         module: fx.GraphModule,
         slot_of: Mapping[fx.Node, int],
         known: Mapping[fx.Node, Alias] | None = None,
-        empty: set[int] | None = None,
-        checked: bool = True,
+        empty: AbstractSet[int] = frozenset(),
     ) -> None:
-        """``known``: views that need no op. ``empty``: slots that are never filled."""
+        """``known``: views that need no op; None where a first run has not shown how anything lies. ``empty``: slots that
+        are never filled."""
         self._module = module
         self._slot_of = slot_of
         self._known = known or {}
-        self._empty = empty or set()
-        self._checked = checked
+        self._empty = empty
+        self._checked = known is None
         # None of the functions is put here: those that know it would be cyclic garbage.
         self._constants: dict[str, Any] = {"__view": torch_compat.reinterpret}
 
