@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from memplan.backend import compile_with, recent_plans
 from memplan.errors import BudgetInfeasibleError
 from memplan.lower import lower
+from memplan.meters import allocation_events
 from memplan.options import Options
 from memplan.passes.attention import FuseAttention
 from memplan.passes.chunk import ChunkLoss
@@ -43,7 +44,6 @@ from memplan.passes.experts import GroupExperts
 from memplan.passes.fuse import Fuse
 from memplan.realise import Planned
 from memplan.simulate import simulate
-from memplan.torch_compat import allocation_events
 
 Record = dict[str, Any]
 TRANSFORMERS = ("gpt", "gpt2", "bert", "llama", "t5", "vit")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -284,71 +283,25 @@ def onednn_linear() -> Any:
     return None if found is None else found.default
 
 
-class HostMeter:
-    """Records what torch's allocators give to this thread, by the events of the legacy profiler: it has them in order,
-    at a tenth of kineto's cost for a single op, and prints nothing.
-
-    Begins at once; RuntimeError while another profiler is at work. What autograd calls has a profiler state of its own:
-    a recording ends where it began, in the same hook or outside of all.
+def record_allocations() -> None:
+    """Begin to record what torch's allocators give to this thread, by the events of the legacy profiler: it has them in
+    order, at a tenth of kineto's cost for a single op, and prints nothing. RuntimeError while another profiler is at work.
     """
+    from torch._C._autograd import _enable_profiler_legacy
+    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
-    def __init__(self) -> None:
-        from torch._C._autograd import _enable_profiler_legacy
-        from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-
-        record_shapes, memory, stack, flops, modules = False, True, False, False, False
-        _enable_profiler_legacy(
-            ProfilerConfig(ProfilerState.CPU, record_shapes, memory, stack, flops, modules, _ExperimentalConfig())
-        )
-
-    def events(self) -> list[int]:
-        """Ends the recording: signed bytes in order, positive where memory was taken."""
-        from torch._C._autograd import _disable_profiler_legacy
-
-        found = (event for thread in _disable_profiler_legacy() for event in thread if event.kind() == "memory_alloc")
-        return [event.cpu_memory_usage() + event.cuda_memory_usage() for event in found]
-
-    def stop(self) -> tuple[int, int]:
-        """Ends the recording: most bytes taken at any instant, and bytes still held, both beyond what stood before."""
-        held = list(accumulate(self.events(), initial=0))
-        return max(held), held[-1]
+    record_shapes, memory, stack, flops, modules = False, True, False, False, False
+    _enable_profiler_legacy(
+        ProfilerConfig(ProfilerState.CPU, record_shapes, memory, stack, flops, modules, _ExperimentalConfig())
+    )
 
 
-class DeviceMeter:
-    """The same for the current CUDA device, by the allocator's own peak, which it resets."""
+def recorded_allocations() -> list[int]:
+    """Ends that: signed bytes in order, positive where memory was taken."""
+    from torch._C._autograd import _disable_profiler_legacy
 
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
-
-    def stop(self) -> tuple[int, int]:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - self._before, torch.cuda.memory_allocated() - self._before
-
-
-Meter = HostMeter | DeviceMeter
-
-
-def start_meter(device_type: str) -> Meter | None:
-    """Begin to count; None where a profiler of the user's is already at work."""
-    try:
-        return DeviceMeter() if device_type == "cuda" else HostMeter()
-    except RuntimeError:
-        return None
-
-
-def allocation_events(function: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """What ``function`` returns, and every event of torch's allocators while it ran in this thread, in order.
-
-    An event is signed bytes, positive where memory is taken.
-    """
-    meter = HostMeter()
-    try:
-        result = function()
-    finally:
-        events = meter.events()
-    return result, events
+    found = (event for thread in _disable_profiler_legacy() for event in thread if event.kind() == "memory_alloc")
+    return [event.cpu_memory_usage() + event.cuda_memory_usage() for event in found]
 
 
 def kernel_decompositions() -> dict[Any, Callable[..., Any]]:

@@ -10,10 +10,10 @@ from typing import Any
 from memplan import torch_compat
 from memplan.backend import device_type
 from memplan.errors import BudgetInfeasibleError
+from memplan.meters import Meter, start_meter
 from memplan.pieces import Model, Piece, parameters_of
 from memplan.problem import Category
 from memplan.realise import Planned
-from memplan.torch_compat import Meter, start_meter
 from memplan.units import format_bytes
 
 log = logging.getLogger("memplan")

@@ -10,11 +10,11 @@ from torch import nn
 from memplan import api
 from memplan.analysis import Analysis
 from memplan.errors import BudgetInfeasibleError, OptionError
+from memplan.meters import HostMeter
 from memplan.optimizers import FORMS, Optimizer
 from memplan.outcome import Status
 from memplan.problem import Phase
 from memplan.simulate import simulate
-from memplan.torch_compat import HostMeter
 
 KINDS = {
     "sgd": lambda p, **f: torch.optim.SGD(p, lr=0.1, **f),

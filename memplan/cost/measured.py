@@ -28,7 +28,8 @@ from memplan.cost.pages import faults, seconds_per_fault, unavoidable
 from memplan.cost.signature import Layout, Signature, results, signature
 from memplan.cost.workspace import BLOCKED_LOSS, EXPERT_PRODUCTS, EXPERT_SUMS, OWN_RULES, masked_positions, unseen
 from memplan.devices import profile_for
-from memplan.torch_compat import allocation_events, clear_blas_workspaces
+from memplan.meters import allocation_events
+from memplan.torch_compat import clear_blas_workspaces
 
 log = logging.getLogger("memplan")
 aten = torch.ops.aten

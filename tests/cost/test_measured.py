@@ -21,7 +21,7 @@ from memplan.cost.measured import MeasuredCost, measure, synthetic
 from memplan.cost.signature import Signature, describe, signature
 from memplan.devices import profile_for
 from memplan.errors import OptionError
-from memplan.torch_compat import allocation_events
+from memplan.meters import allocation_events
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
