@@ -127,6 +127,14 @@ def is_fusible(node: fx.Node) -> bool:
     return all(_is_plain(n) for n in (node, *node.all_input_nodes))
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether what may join a region makes every element of its one result from a few others, and sums up nothing."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or len(target._schema.returns) > 1:
+        return False
+    return target.overloadpacket.__name__ not in _REDUCTIONS and not is_thin_product(node)
+
+
 def mixes_dtypes(node: fx.Node) -> bool:
     """Whether a norm has operands of several floating dtypes, as under autocast: torch's CPU kernels then return statistics
     in the dtype of the parameters, Inductor's code in that of the operand, and one would be read as the other."""

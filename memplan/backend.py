@@ -30,6 +30,7 @@ from memplan.passes.chunk_mlp import ChunkMLP
 from memplan.passes.experts import GroupExperts
 from memplan.passes.gradients import DenseGradients
 from memplan.passes.heads import GroupedHeads
+from memplan.passes.log_softmax import SplitLogSoftmax
 from memplan.passes.normalise import Normalise
 from memplan.passes.products import ChooseProducts
 from memplan.passes.simplify import Simplify
@@ -230,8 +231,10 @@ class _Graph:
         device = device_type(capture)
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
-        if self.options.fusion_enabled and ChooseProducts(cost).apply(capture.graph_module):
-            self.trace.graph("products", capture.graph_module)
+        if self.options.fusion_enabled:
+            for rewrite in (ChooseProducts(cost), SplitLogSoftmax()):
+                if rewrite.apply(capture.graph_module):
+                    self.trace.graph(rewrite.name, capture.graph_module)
         self.planned = plan_capture(
             capture,
             self.options,

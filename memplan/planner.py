@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from memplan.arrange import Arranger
 from memplan.build_problem import OP, BuiltProblem, build_problem
@@ -14,7 +15,7 @@ from memplan.cost.links import slower_tiers
 from memplan.errors import BudgetInfeasibleError, LiveBuffer, PlanError
 from memplan.options import Options
 from memplan.outcome import Limits, Status
-from memplan.passes.fuse import Fuse
+from memplan.passes.fuse import Fuse, joining
 from memplan.passes.reuse import Overlays, any_overlays, overlaid, overlays, overwritten
 from memplan.plans import Plan
 from memplan.problem import Phase, Problem
@@ -30,6 +31,7 @@ _QUICKLY_SOLVED = 1000  # ops: the plans of larger graphs are made once
 # Of the unplanned peak, tried without a budget: what GPT-2, Llama and T5 recompute there is free.
 _SHARES = (0.5, 0.65, 0.8, 0.9)
 _AS_FAST = 1.02  # of the time: as close as estimates are to what is measured
+_WORTH = 0.2  # without a budget: one percent of the time has to buy five of the peak
 _WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
 _ARENA_ATTEMPTS = 4  # placements tried before the arena is given up
 _ARENA_MAY_COST = 1.01  # slowdown of the plan that an arena may cost; it saves 5-9 % on a ResNet in page faults
@@ -182,6 +184,24 @@ class _Seek:
             overlays = _borne_out(planned, overlays, planned.counted)
         return self._ask({}, None, aim)
 
+    def melted(self, planned: Planned) -> Planned | None:
+        """The plan with recomputations that its regions take in; None where there are none."""
+        from memplan.solvers.recompute import melted
+
+        if not self.options.recompute_enabled or planned.plan.offloads or self.built.problem.tiers:
+            return None
+        fusible, pointwise = self._joining
+        sequence = melted(self.built.problem, planned.plan.sequence, pointwise, fusible)
+        if sequence is None:
+            return None
+        peak, time = check_sequence(self.built.problem, sequence)
+        plan = replace(planned.plan, sequence=sequence, budget=None, peak=peak, time=time, status=Status.FEASIBLE)
+        return replace(realise(self.built, plan, self.options), counted=peak)
+
+    @cached_property
+    def _joining(self) -> tuple[frozenset[int], frozenset[int]]:
+        return joining(self.built)
+
     def _overlays(self) -> Overlays:
         problem, options = self.built.problem, self.options
         if not options.reuse_enabled or options.fusion_enabled or problem.tiers or has_symbolic_sizes(self.built):
@@ -254,6 +274,8 @@ def _spared(planned: Planned, budget: int | None, seek: _Seek, estimated: bool) 
     best = finished(planned, options, trial)
     if best.timeline.peak <= budget and not estimated:
         best = _loosened(best, budget, seek, trial)
+    if options.fusion_enabled:
+        best = _melted(best, budget, seek, trial)
     if estimated or not options.fusion_enabled:
         return best
     for plan in (best.plan, planned.plan) if best.timeline.peak <= budget else ():
@@ -283,21 +305,46 @@ def _loosened(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:
     return best
 
 
+def _melted(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:
+    """The fastest within the budget of a plan, and of it and the stored order with recomputations that regions take in:
+    the solver counts with every result on its own, and does not see how little those hold."""
+    for plan in (best.plan, seek.stored):
+        melted = seek.melted(replace(best, plan=plan))
+        if melted is None:
+            continue
+        found = finished(melted, seek.options, trial)
+        fits = best.timeline.peak <= budget
+        if found.timeline.peak <= budget and (not fits or found.timeline.time < best.timeline.time):
+            best = found
+    return best
+
+
 def _free_of_time(planned: Planned, seek: _Seek) -> tuple[Planned, int | None]:
     """Without a budget: a plan that holds less, where what it recomputes melts into the backward's regions and so costs
     no time; and the bytes that its regions may hold."""
     options = seek.options
     if not options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
         return planned, None
-    longest = _AS_FAST * contracted(planned, Fuse(None, options.lowering, measured=False)).timeline.time
-    for share in _SHARES:
-        limit = int(share * seek.stored.peak)
-        candidate = seek.plan(limit)
-        if candidate.timeline.peak > limit:
-            continue
-        if contracted(candidate, Fuse(limit, options.lowering, measured=False)).timeline.time <= longest:
-            return candidate, limit
-    return planned, None
+
+    def variants() -> Iterator[tuple[Planned, int | None]]:
+        for limit in (None, *(int(share * seek.stored.peak) for share in _SHARES)):
+            candidate = planned if limit is None else seek.plan(limit)
+            if limit is None or candidate.timeline.peak <= limit:
+                fuse = Fuse(limit, options.lowering, measured=False)
+                yield contracted(candidate, fuse), limit
+                melted = seek.melted(candidate)
+                if melted is not None:
+                    yield contracted(melted, fuse), limit
+
+    def cost(found: tuple[Planned, int | None]) -> float:
+        timeline = found[0].timeline
+        return timeline.time * timeline.peak**_WORTH
+
+    found = list(variants())
+    most = found[0][0].timeline
+    return min(
+        (v for v in found if v[0].timeline.time <= _AS_FAST * most.time and v[0].timeline.peak <= most.peak), key=cost
+    )
 
 
 def _peak_bound(planned: Planned, options: Options) -> int:

@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from memplan import torch_compat
-from memplan.build_problem import BUFFER, OP, RECOMPUTE
+from memplan.build_problem import BUFFER, OP, RECOMPUTE, BuiltProblem
 from memplan.capture import input_nodes, tensors
 from memplan.codegen.lowering import FusedRegion, default_lowering
-from memplan.codegen.ops import is_fusible, mixes_dtypes
+from memplan.codegen.ops import is_fusible, is_pointwise, mixes_dtypes
 from memplan.codegen.region import Region
 from memplan.errors import UnsupportedError
 from memplan.passes.copying import resolve
@@ -93,6 +93,17 @@ class Fuse:
             return max(0, calls[unit].compiled.workspace - max(problem.runs[run].workspace for run in unit))
 
         return [unit for unit in calls if self.measured and loads[unit] + more(unit) > limit]
+
+
+def joining(built: BuiltProblem) -> tuple[frozenset[int], frozenset[int]]:
+    """Ops that may share a region with others of their phase, and those of them that a region repeats at no cost."""
+    kernels = [nodes[0] if nodes else None for nodes in built.nodes]
+    fusible = {
+        i
+        for i, (op, node) in enumerate(zip(built.problem.ops, kernels, strict=True))
+        if node is not None and not op.once and not op.mutates and _may_join(node)
+    }
+    return frozenset(fusible), frozenset(i for i in fusible if is_pointwise(kernels[i]))
 
 
 class _Writer:

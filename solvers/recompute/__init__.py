@@ -10,11 +10,13 @@ together; ``exact`` is the reference that tests and benchmarks compare with.
 from memplan.solvers.recompute.bound import peak_bound, recompute_bound
 from memplan.solvers.recompute.exact import solve_exact
 from memplan.solvers.recompute.lowest import minimise_peak
+from memplan.solvers.recompute.melt import melted
 from memplan.solvers.recompute.reach import proves_infeasible
 from memplan.solvers.recompute.solve import frontier, solve_recompute
 
 __all__ = [
     "frontier",
+    "melted",
     "minimise_peak",
     "peak_bound",
     "proves_infeasible",
