@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from memplan import torch_compat
 
@@ -34,9 +34,48 @@ def _nll_loss_backward(
     if weight is not None or logs.dim() != 2:
         return NotImplemented
     classes = torch.arange(logs.shape[1], device=logs.device)
-    chosen = (classes == target.unsqueeze(1)) & (target != ignore).unsqueeze(1)
-    share = grad / total if reduction == 1 else grad  # 1: the mean over the targets that count
-    return torch.where(chosen, -(share.unsqueeze(1) if share.dim() else share), 0.0).to(logs.dtype)
+    return torch.where(classes == target.unsqueeze(1), _share(grad, target, reduction, ignore, total), 0.0).to(
+        logs.dtype
+    )
+
+
+def _share(grad: Tensor, target: Tensor, reduction: int, ignore: int, total: Tensor) -> Tensor:
+    """The gradient of each row's chosen log-probability, a column: all that its row of gradients sums up to."""
+    share = -(grad / total if reduction == 1 else grad)  # 1: the mean over the targets that count
+    return torch.where(target != ignore, share, 0.0).unsqueeze(1)
+
+
+def loss_backward(
+    grad: Tensor, logs: Tensor, target: Tensor, reduction: int, ignore: int, total: Tensor, again: Tensor
+) -> Tensor:
+    """The gradient of a cross-entropy's logits, of which ``logs`` and ``again`` are the log-probabilities: what its two
+    ops give, to the bit, and no row summed up."""
+    share = _share(grad, target, reduction, ignore, total)
+    return _nll_loss_backward(grad, logs, target, None, reduction, ignore, total) - again.exp() * share
+
+
+def paired(graph: fx.Graph) -> fx.Graph:
+    """A copy of a region's graph in which pairs of ops that cost less together are one call."""
+    result = fx.Graph()
+    result.output(result.graph_copy(graph, {}))
+    for node in list(result.nodes):
+        if node.target is not aten._log_softmax_backward_data.default:
+            continue
+        first, again, dimension, dtype = node.args
+        if isinstance(first, fx.Node) and first.target is aten.nll_loss_backward.default and _is_loss(first, dimension):
+            grad, logs, target, _, *rest = first.args
+            with result.inserting_before(node):
+                both = result.call_function(loss_backward, (grad, logs, target, *rest, again))
+                node.replace_all_uses_with(result.call_function(aten._to_copy.default, (both,), {"dtype": dtype}))
+            result.erase_node(node)
+    result.eliminate_dead_code()
+    return result
+
+
+def _is_loss(backward: fx.Node, dimension: Any) -> bool:
+    """Whether a loss's backward is of rows without weights, along which the log-softmax was taken."""
+    value, narrow = backward.meta["val"], (torch.float16, torch.bfloat16)
+    return backward.args[3] is None and value.dim() == 2 and dimension in (1, -1) and value.dtype not in narrow
 
 
 def _norm(

@@ -10,10 +10,11 @@ import re
 from typing import Any
 
 import torch
+from torch import fx
 
 from memplan import torch_compat
 from memplan.codegen.compiled import CompiledRegion
-from memplan.codegen.decompositions import cpu_decompositions
+from memplan.codegen.decompositions import cpu_decompositions, paired
 from memplan.codegen.eager import compile_eager
 from memplan.codegen.region import Region, placeholders
 
@@ -33,7 +34,8 @@ def compile_inductor(region: Region) -> CompiledRegion:
 def _compile(region: Region) -> CompiledRegion:
     inputs = [n.meta["val"] for n in placeholders(region.graph_module)]
     try:
-        graph = torch_compat.trace_fake(region.graph_module, inputs, cpu_decompositions())
+        body = fx.GraphModule(region.graph_module, paired(region.graph_module.graph))
+        graph = torch_compat.trace_fake(body, inputs, cpu_decompositions())
         run, source = torch_compat.inductor_compile(graph, inputs)
     except RuntimeError as error:
         log.debug("region %s runs eagerly: %s", region.name, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,8 +28,8 @@ log = logging.getLogger("memplan")
 
 _ATTEMPTS = 3  # times that bytes which regions or reuse free go back to the planner
 _QUICKLY_SOLVED = 1000  # ops: the plans of larger graphs are made once
-# Of the unplanned peak, tried without a budget: what GPT-2, Llama and T5 recompute there is free.
-_SHARES = (0.5, 0.65, 0.8, 0.9)
+# Of the unplanned peak, tried without a budget until one costs time: what GPT-2, Llama and T5 recompute is free.
+_SHARES = (0.9, 0.8, 0.65, 0.5)
 _AS_FAST = 1.02  # of the time: as close as estimates are to what is measured
 _WORTH = 0.2  # without a budget: one percent of the time has to buy five of the peak
 _WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
@@ -130,11 +130,11 @@ def plan_frontier(
     highest = seek.stored.peak
     if floor >= highest:
         return []
-    lowest = max(floor, finished(seek.least(), options, Fuse(None, options.lowering)).timeline.peak)
+    lowest = max(floor, _least(seek).timeline.peak)
     plans = []
     for k in range(points - 1):
         budget = lowest + (highest - lowest) * k // (points - 1)
-        planned = finished(seek.plan(budget), options, Fuse(budget, options.lowering))
+        planned = _spared(seek.plan(budget), budget, seek, estimated=True)
         peak, plan = planned.timeline.peak, planned.plan
         if peak <= budget:
             plans.append(replace(plan, budget=budget, peak=peak, peak_bound=_peak_bound(planned, options)))
@@ -184,19 +184,26 @@ class _Seek:
             overlays = _borne_out(planned, overlays, planned.counted)
         return self._ask({}, None, aim)
 
-    def melted(self, planned: Planned) -> Planned | None:
-        """The plan with recomputations that its regions take in; None where there are none."""
+    def melted(self, plan: Plan) -> Planned | None:
+        """The plan with recomputations that its regions take in; None where there are none.
+
+        What it would hold without regions is no measure of it, and so no solver's bound is one of its time.
+        """
         from memplan.solvers.recompute import melted
 
-        if not self.options.recompute_enabled or planned.plan.offloads or self.built.problem.tiers:
+        if not self.options.fusion_enabled or not self.options.recompute_enabled or plan.offloads:
             return None
         fusible, pointwise = self._joining
-        sequence = melted(self.built.problem, planned.plan.sequence, pointwise, fusible)
+        sequence = melted(self.built.problem, plan.sequence, pointwise, fusible)
         if sequence is None:
             return None
         peak, time = check_sequence(self.built.problem, sequence)
-        plan = replace(planned.plan, sequence=sequence, budget=None, peak=peak, time=time, status=Status.FEASIBLE)
-        return replace(realise(self.built, plan, self.options), counted=peak)
+        solver = f"{plan.solver}, minimum cut"
+        free = Plan(
+            sequence, None, peak, time, self.stored.time, bound_scope="any order", solver=solver,
+            unplanned_peak=self.stored.peak, unplanned_time=self.stored.time,
+        )  # fmt: skip
+        return replace(realise(self.built, free, self.options), counted=peak)
 
     @cached_property
     def _joining(self) -> tuple[frozenset[int], frozenset[int]]:
@@ -274,16 +281,14 @@ def _spared(planned: Planned, budget: int | None, seek: _Seek, estimated: bool) 
     best = finished(planned, options, trial)
     if best.timeline.peak <= budget and not estimated:
         best = _loosened(best, budget, seek, trial)
-    if options.fusion_enabled:
-        best = _melted(best, budget, seek, trial)
+    best = _melted(best, budget, seek, trial)
     if estimated or not options.fusion_enabled:
         return best
     for plan in (best.plan, planned.plan) if best.timeline.peak <= budget else ():
         found = finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
         if found.timeline.peak <= budget:
             return found
-    # What a refusal names must be kept when it is asked for: it depends on no budget.
-    return finished(seek.least(), options, Fuse(None, options.lowering))
+    return _least(seek)
 
 
 def _loosened(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:
@@ -308,15 +313,24 @@ def _loosened(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:
 def _melted(best: Planned, budget: int, seek: _Seek, trial: Fuse) -> Planned:
     """The fastest within the budget of a plan, and of it and the stored order with recomputations that regions take in:
     the solver counts with every result on its own, and does not see how little those hold."""
-    for plan in (best.plan, seek.stored):
-        melted = seek.melted(replace(best, plan=plan))
-        if melted is None:
+    for plan in (seek.stored, best.plan):
+        melted = seek.melted(plan)
+        found = None if melted is None else finished(melted, seek.options, trial)
+        if found is None or found.timeline.peak > budget:
             continue
-        found = finished(melted, seek.options, trial)
-        fits = best.timeline.peak <= budget
-        if found.timeline.peak <= budget and (not fits or found.timeline.time < best.timeline.time):
-            best = found
+        if best.timeline.peak > budget or found.timeline.time < best.timeline.time:
+            return found
     return best
+
+
+def _least(seek: _Seek) -> Planned:
+    """What holds least, finished: what a refusal names must be kept when it is asked for, so it depends on no budget."""
+    plan, options = seek.least(), seek.options
+    trial = Fuse(None, options.lowering, measured=False)
+    melted = seek.melted(plan.plan)
+    if melted is not None:
+        plan = min(plan, melted, key=lambda p: finished(p, options, trial).timeline.peak)
+    return finished(realise(seek.built, plan.plan, options), options, replace(trial, measured=True))
 
 
 def _free_of_time(planned: Planned, seek: _Seek) -> tuple[Planned, int | None]:
@@ -326,25 +340,24 @@ def _free_of_time(planned: Planned, seek: _Seek) -> tuple[Planned, int | None]:
     if not options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
         return planned, None
 
-    def variants() -> Iterator[tuple[Planned, int | None]]:
-        for limit in (None, *(int(share * seek.stored.peak) for share in _SHARES)):
-            candidate = planned if limit is None else seek.plan(limit)
-            if limit is None or candidate.timeline.peak <= limit:
-                fuse = Fuse(limit, options.lowering, measured=False)
-                yield contracted(candidate, fuse), limit
-                melted = seek.melted(candidate)
-                if melted is not None:
-                    yield contracted(melted, fuse), limit
+    def variants(candidate: Planned, limit: int | None) -> list[tuple[Planned, int | None]]:
+        fuse = Fuse(limit, options.lowering, measured=False)
+        melted = seek.melted(candidate.plan)
+        return [(contracted(plan, fuse), limit) for plan in (candidate, melted) if plan is not None]
 
-    def cost(found: tuple[Planned, int | None]) -> float:
-        timeline = found[0].timeline
-        return timeline.time * timeline.peak**_WORTH
-
-    found = list(variants())
+    found = variants(planned, None)
     most = found[0][0].timeline
-    return min(
-        (v for v in found if v[0].timeline.time <= _AS_FAST * most.time and v[0].timeline.peak <= most.peak), key=cost
-    )
+    for share in _SHARES:
+        limit = int(share * seek.stored.peak)
+        candidate = seek.plan(limit)
+        if candidate.timeline.peak > limit:
+            break
+        fast = [v for v in variants(candidate, limit) if v[0].timeline.time <= _AS_FAST * most.time]
+        if not fast:  # nor is what holds even less
+            break
+        found += fast
+    best = [v for v in found if v[0].timeline.peak <= most.peak]
+    return min(best, key=lambda v: v[0].timeline.time * v[0].timeline.peak ** _WORTH)
 
 
 def _peak_bound(planned: Planned, options: Options) -> int:

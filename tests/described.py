@@ -23,9 +23,10 @@ def misdescribed(graph_module: fx.GraphModule) -> list[str]:
     with torch.no_grad(), torch_compat.fake_mode_of(list(tensors([n.meta.get("val") for n in nodes]))):
         for node in nodes:
             around = (node, *node.all_input_nodes)
-            described = all("val" in n.meta for n in around)
-            if not described or node.target in _MISTAKEN or any(torch_compat.free_symbols(n.meta["val"]) for n in around):
-                continue  # of sizes unknown torch's own fakes of some ops, _trilinear's among them, fail
+            if node.target in _MISTAKEN or not all("val" in n.meta for n in around):
+                continue
+            if any(torch_compat.free_symbols(n.meta["val"]) for n in around):
+                continue  # with unknown sizes torch's fakes of some ops, _trilinear's among them, fail
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             made = node.target(*args, **kwargs)
             if _kinds(made) != _kinds(node.meta["val"]):

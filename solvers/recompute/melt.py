@@ -14,7 +14,6 @@ from ortools.graph.python import max_flow
 from memplan.problem import Phase, Problem
 from memplan.solvers.recompute.lowest import is_valid
 
-
 _SPREAD = 8  # an element of one byte beside one of eight is none
 
 
@@ -77,8 +76,8 @@ def _recomputed(
                     flow.add_arc_with_capacity(size + operand, b, unlimited)
         else:
             flow.add_arc_with_capacity(source, b, unlimited)
-    if flow.solve(source, sink) != flow.OPTIMAL:  # without an arc at a terminal
-        return set()
+    flow.add_arc_with_capacity(source, sink, 0)  # both have an arc
+    flow.solve(source, sink)
     return forward.intersection(flow.get_sink_side_min_cut())
 
 

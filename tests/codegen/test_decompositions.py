@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memplan.codegen.decompositions import loss_backward, paired
 from memplan.codegen.lowering import FusedRegion, default_lowering
 from memplan.codegen.ops import is_thin_product
 from memplan.codegen.region import Region
@@ -146,3 +147,27 @@ def test_only_products_shorter_than_their_call_are_thin() -> None:
 
     assert thin((3, 1, 9), (3, 9, 4)) and thin((5, 1), (1, 7))
     assert not thin((3, 2, 9), (3, 9, 4)) and not thin((1, 4096), (4096, 4096))
+
+
+@pytest.mark.parametrize("reduction", (0, 1, 2), ids=("rows", "mean", "sum"))
+@pytest.mark.parametrize("ignore", (-100, 3))
+def test_a_loss_s_backward_sums_no_rows_up(reduction: int, ignore: int) -> None:
+    """The two ops of a cross-entropy's backward as one pass over its logits, to the bit."""
+    chance = torch.Generator().manual_seed(0)
+    logits, classes = torch.randn(9, 50, generator=chance), torch.randint(0, 50, (9,), generator=chance)
+    classes[::4] = ignore
+    logs = torch.log_softmax(logits, 1)
+    loss, total = aten.nll_loss_forward(logs, classes, None, reduction, ignore)
+    gradient = torch.randn(loss.shape, generator=chance)
+
+    def backward(gradient: Tensor, logs: Tensor, classes: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        of_logs = aten.nll_loss_backward(gradient, logs, classes, None, reduction, ignore, total)
+        return (aten._log_softmax_backward_data(of_logs, logs, 1, logs.dtype),)
+
+    given = gradient, logs, classes, total
+    mode = FakeTensorMode()
+    graph = trace_fake(lambda *given: backward(*given), [mode.from_tensor(t) for t in given]).graph
+    assert loss_backward in {n.target for n in paired(graph).nodes}
+    exact = backward(*(t.double() if t.is_floating_point() else t for t in given))
+    (found,), (kernel,) = (errors(results, exact) for results in (compiled(backward, *given), backward(*given)))
+    assert found <= ROUNDING * kernel + 1e-9
