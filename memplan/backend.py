@@ -110,8 +110,14 @@ def _rewrites(options: Options) -> tuple[Rewrite, ...]:
     if not options.fusion_enabled:
         return ()
     # Torch's own norms of such images sum up roughly: only where all are regions of Inductor's.
-    in_regions = (options.lowering or default_lowering("cpu")) == "inductor" and "disk" not in options.swap_tiers
-    return (FuseAttention(), *((ChannelsLast(),) if in_regions else ()), GroupExperts(), ChunkLoss(), ChunkMLP())
+    layouts = (ChannelsLast(),) if _makes_inductor_regions(options) else ()
+    return (FuseAttention(), *layouts, GroupExperts(), ChunkLoss(), ChunkMLP())
+
+
+def _makes_inductor_regions(options: Options) -> bool:
+    """Whether all that may join regions on the CPU is compiled by Inductor: a plan that offloads has no regions."""
+    lowering = options.lowering or default_lowering("cpu")
+    return options.fusion_enabled and lowering == "inductor" and "disk" not in options.swap_tiers
 
 
 def raising(error: MemplanError) -> Callable[..., Any]:
@@ -231,10 +237,11 @@ class _Graph:
         device = device_type(capture)
         profile = profile_for(self.options.target or device)
         cost = cost_model(self.options.runtime_estimator, profile)
-        if self.options.fusion_enabled:
-            for rewrite in (ChooseProducts(cost), SplitLogSoftmax()):
-                if rewrite.apply(capture.graph_module):
-                    self.trace.graph(rewrite.name, capture.graph_module)
+        if self.options.fusion_enabled and ChooseProducts(cost).apply(capture.graph_module):
+            self.trace.graph("products", capture.graph_module)
+        in_regions = device == "cpu" and _makes_inductor_regions(self.options)
+        if in_regions and SplitLogSoftmax().apply(capture.graph_module):
+            self.trace.graph("log-softmax", capture.graph_module)
         self.planned = plan_capture(
             capture,
             self.options,

@@ -191,7 +191,8 @@ class _Seek:
         """
         from memplan.solvers.recompute import melted
 
-        if not self.options.fusion_enabled or not self.options.recompute_enabled or plan.offloads:
+        options = self.options
+        if not options.fusion_enabled or not options.recompute_enabled or self.built.problem.tiers:
             return None
         fusible, pointwise = self._joining
         sequence = melted(self.built.problem, plan.sequence, pointwise, fusible)
@@ -203,7 +204,7 @@ class _Seek:
             sequence, None, peak, time, self.stored.time, bound_scope="any order", solver=solver,
             unplanned_peak=self.stored.peak, unplanned_time=self.stored.time,
         )  # fmt: skip
-        return replace(realise(self.built, free, self.options), counted=peak)
+        return replace(realise(self.built, free, options), counted=peak)
 
     @cached_property
     def _joining(self) -> tuple[frozenset[int], frozenset[int]]:

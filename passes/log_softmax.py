@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SplitLogSoftmax:
-    """Runs on a captured graph whose plan has regions. A log-softmax that its backward reads becomes the arithmetic of
+    """Runs on a captured graph whose plan will have Inductor's regions. A log-softmax that its backward reads becomes the arithmetic of
     its kernel, (x - max x) - log Σ exp(x - max x): a region of the backward then repeats the two differences, from
     logits that are held anyway, and what is saved is two numbers a row in place of the whole matrix.
 

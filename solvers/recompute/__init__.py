@@ -2,7 +2,7 @@
 
 ``state`` holds a sequence of runs and edits of it, ``moves`` makes the edits, ``weigh`` tells what one costs, ``anneal``
 accepts them; all four are compiled, and run as plain Python to the same sequence. ``evict`` and ``lowest`` seek the least
-peak. ``presence`` bounds the time for the stored order by small integer programs, whose solutions start the search, and
+peak. ``melt`` adds recomputation that fused regions make free. ``presence`` bounds the time for the stored order by small integer programs, whose solutions start the search, and
 ``orderless`` for any order; ``bound`` and ``reach`` bound the peak. ``search`` is a search's state, ``solve`` puts all
 together; ``exact`` is the reference that tests and benchmarks compare with.
 """
