@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from memplan.cost.signature import Layout, Signature
+from memplan.runtime.experts import working_dtype
 
 aten = torch.ops.aten
 BLOCKED_LOSS = "memplan::blocked_loss"  # memplan/runtime/loss.py
@@ -242,11 +243,19 @@ def _loss_block(described: Signature, made: list[Layout]) -> int:
 
 
 def _sorted_rows(described: Signature, made: list[Layout]) -> int:
-    """The rows of two matrices, sorted: both operands, or an operand and the result; and how many there are of each."""
+    """The rows of two matrices, sorted: both operands, or an operand and the result; and how many there are of each. Small
+    products of narrow numbers have everything in float32 besides; of large ones oneDNN copies an expert's operands."""
     first, second = described.operands()[:2]
     products = described.target.name() == EXPERT_PRODUCTS
-    other, counts = (made[0], second.shape[0]) if products else (second, made[0].shape[0])
-    return first.nbytes + other.nbytes + 8 * counts
+    other, third = (made[0], second) if products else (second, made[0])
+    counts = third.shape[0]
+    dtype = working_dtype(first.dtype, first.device, first.shape[0] * third.numel // counts**2)
+    more = 0
+    if dtype != first.dtype:
+        more = dtype.itemsize * (first.numel + other.numel + third.numel)
+    elif first.dtype in _NARROW and first.device == "cpu":
+        more = first.nbytes
+    return first.nbytes + other.nbytes + more + 8 * counts
 
 
 def _dense_copies(described: Signature, made: list[Layout]) -> int:
