@@ -36,13 +36,14 @@ from memplan.passes.products import ChooseProducts
 from memplan.passes.simplify import Simplify
 from memplan.passes.split import Split
 from memplan.pieces import Model, Models, Piece
-from memplan.planner import NOTHING, Elsewhere, Solved, plan_capture
+from memplan.planner import NOTHING, Elsewhere, plan_capture
 from memplan.problem import Category
 from memplan.realise import Planned
 from memplan.rewrites import Compiled, Rewrite, compile_best
 from memplan.runtime import homes, native
 from memplan.runtime.arena import Pool, Script
 from memplan.runtime.execute import Executable
+from memplan.seek import Solved
 from memplan.trace import SILENT, Trace
 
 log = logging.getLogger("memplan")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memplan import planner
+from memplan import seek
 from memplan.plans import Plan
 from memplan.problem import Phase, Problem
 from memplan.validate import check_sequence
@@ -73,5 +73,5 @@ def arbitrary_plans(seed: int, again: float = 0.5) -> Iterator[None]:
         return arbitrary_plan(problem, chance, again)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "solve", choose)
+        patch.setattr(seek, "solve", choose)
         yield

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from memplan import planner
+from memplan import planner, seek
 from memplan.backend import recent_plans
 from memplan.cost import links
 from memplan.errors import OptionError, TierError
@@ -54,14 +54,14 @@ class Net(nn.Module):
 @pytest.fixture
 def offloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every plan sends what it saves to the disk, without a budget that would ask for it."""
-    solve = planner.solve
+    solve = seek.solve
     tiers = (Tier("disk", 1 << 40, 1e3, 1e3, 10.0),)
     monkeypatch.setattr(planner, "slower_tiers", lambda *_: tiers)
 
     def solved(problem: Problem, *args: Any) -> Plan:
         return with_stays(problem, solve(problem, *args))
 
-    monkeypatch.setattr(planner, "solve", solved)
+    monkeypatch.setattr(seek, "solve", solved)
     yield
 
 
@@ -113,11 +113,9 @@ def test_same_bits(wanted: list[list[torch.Tensor]], net: Net, offloading: None)
 def test_same_bits_however_early(
     ahead: int, wanted: list[list[torch.Tensor]], net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = planner.solve
+    solve = seek.solve
     monkeypatch.setattr(planner, "slower_tiers", lambda *_: (Tier("disk", 1 << 40, 1e3, 1e3, 10.0),))
-    monkeypatch.setattr(
-        planner, "solve", lambda problem, *rest: with_stays(problem, solve(problem, *rest), ahead=ahead)
-    )
+    monkeypatch.setattr(seek, "solve", lambda problem, *rest: with_stays(problem, solve(problem, *rest), ahead=ahead))
     run = compiled(net)
     for seed in range(2):
         assert_same(step(run, net, seed), wanted[seed])

@@ -12,7 +12,7 @@ from peak import peak_above
 from torch import nn
 from torch.nn import functional as F
 
-from memplan import planner, torch_compat
+from memplan import seek, torch_compat
 from memplan.backend import recent_plans
 from memplan.build_problem import BUFFER, build_problem
 from memplan.capture import Capture
@@ -246,7 +246,7 @@ def test_rewrites_are_weighed_without_a_kernel(monkeypatch: pytest.MonkeyPatch) 
     """Only what runs is compiled, each region once; no problem is solved twice under one budget."""
     compiled: list[str] = []
     solved: list[tuple[Problem, int | None]] = []
-    solve = planner.solve
+    solve = seek.solve
 
     def compile_region(region: Region, chosen: str | None = None) -> CompiledRegion:
         compiled.append(region.key)
@@ -257,7 +257,7 @@ def test_rewrites_are_weighed_without_a_kernel(monkeypatch: pytest.MonkeyPatch) 
         return solve(problem, budget, *others)
 
     monkeypatch.setattr(lowering, "compile_region", compile_region)
-    monkeypatch.setattr(planner, "solve", counted)
+    monkeypatch.setattr(seek, "solve", counted)
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, inputs = Wordy(), (torch.randn(4, 128, 16), torch.randint(0, 512, (4, 128)))

@@ -1,0 +1,123 @@
+"""What regions and results over operands spare of a plan, and what becomes of those bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from memplan.passes.fuse import Fuse
+from memplan.plans import Plan
+from memplan.problem import Phase
+from memplan.realise import Planned, contracted, finished, realise
+from memplan.seek import Seek
+
+# Of the unplanned peak, tried without a budget until one costs time: what GPT-2, Llama and T5 recompute is free.
+_SHARES = (0.9, 0.8, 0.65, 0.5)
+_AS_FAST = 1.02  # of the time: as close as estimates are to what is measured
+_WORTH = 0.2  # without a budget: one percent of the time has to buy five of the peak
+_WORTH_SOLVING = 0.01  # of the bytes that a plan has to free
+
+
+def spared(planned: Planned, budget: int | None, seek: Seek, estimated: bool) -> Planned:
+    """The plan with its regions and with results over operands. Where they leave bytes of the budget free, those go back
+    to the planner: less is recomputed as long as the Program keeps the budget and gets faster."""
+    options = seek.options
+    trial = Fuse(budget, options.lowering, measured=False)
+    if budget is None:
+        limit = None
+        if options.fusion_enabled and not estimated:
+            if options.objective == "peak":
+                return least(seek)
+            planned, limit = _free_of_time(planned, seek)
+            planned = realise(planned.built, planned.plan, options)
+        return finished(planned, options, replace(trial, limit=limit, measured=not estimated))
+    best = finished(planned, options, trial)
+    if best.timeline.peak <= budget and not estimated:
+        best = _loosened(best, budget, seek, trial)
+    best = _melted(best, budget, seek, trial, estimated)
+    if estimated or not options.fusion_enabled:
+        return best
+    for plan in (best.plan, planned.plan) if best.timeline.peak <= budget else ():
+        found = finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
+        if found.timeline.peak <= budget:
+            return found
+    return least(seek)
+
+
+def _loosened(best: Planned, budget: int, seek: Seek, trial: Fuse) -> Planned:
+    """The fastest of the plans for budgets that exceed this one by what their Programs spare."""
+    asked, spare = budget, best.counted - best.timeline.peak
+    for _ in range(seek.attempts):
+        if not best.plan.recomputed or not seek.options.recompute_enabled:
+            break
+        if spare < _WORTH_SOLVING * (seek.stored.peak - budget):
+            break
+        candidate = finished(seek.plan(asked + spare), seek.options, trial)
+        if candidate.timeline.peak > budget:
+            spare //= 2
+        elif candidate.timeline.time >= best.timeline.time:
+            break
+        else:
+            asked, best = asked + spare, candidate
+            spare = best.counted - best.timeline.peak - (asked - budget)
+    return best
+
+
+def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool) -> Planned:
+    """The fastest within the budget of a plan and of looser ones with recomputations that regions take in: the solver
+    counts with every result on its own, and does not see how little those hold."""
+    if not seek.may_melt:
+        return best
+
+    def looser() -> Iterator[Plan]:
+        yield seek.stored
+        if best.timeline.peak > budget or not estimated:
+            limits = [int(share * seek.stored.peak) for share in _SHARES]
+            yield from (seek.plan(limit).plan for limit in limits if limit > budget)
+        yield best.plan
+
+    for plan in looser():
+        variants = (realise(seek.built, plan, seek.options), seek.melted(plan))
+        found = [finished(v, seek.options, trial) for v in variants if v is not None]
+        kept = [v for v in found if v.timeline.peak <= budget]
+        if kept:  # what holds less is not faster
+            fits = [best] if best.timeline.peak <= budget else []
+            return min([*fits, *kept], key=lambda v: v.timeline.time)
+    return best
+
+
+def least(seek: Seek) -> Planned:
+    """What holds least, finished: what a refusal names must be kept when it is asked for, so it depends on no budget."""
+    plan, options = seek.least(), seek.options
+    trial = Fuse(None, options.lowering, measured=False)
+    melted = seek.melted(plan.plan)
+    if melted is not None:
+        plan = min(plan, melted, key=lambda p: finished(p, options, trial).timeline.peak)
+    return finished(realise(seek.built, plan.plan, options), options, replace(trial, measured=True))
+
+
+def _free_of_time(planned: Planned, seek: Seek) -> tuple[Planned, int | None]:
+    """Without a budget: a plan that holds less, where what it recomputes melts into the backward's regions and so costs
+    no time; and the bytes that its regions may hold."""
+    options = seek.options
+    if not options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
+        return planned, None
+
+    def variants(candidate: Planned, limit: int | None) -> list[tuple[Planned, int | None]]:
+        fuse = Fuse(limit, options.lowering, measured=False)
+        melted = seek.melted(candidate.plan)
+        return [(contracted(plan, fuse), limit) for plan in (candidate, melted) if plan is not None]
+
+    found = variants(planned, None)
+    most = found[0][0].timeline
+    for share in _SHARES:
+        limit = int(share * seek.stored.peak)
+        candidate = seek.plan(limit)
+        if candidate.timeline.peak > limit:
+            break
+        fast = [v for v in variants(candidate, limit) if v[0].timeline.time <= _AS_FAST * most.time]
+        if not fast:  # nor is what holds even less
+            break
+        found += fast
+    best = [v for v in found if v[0].timeline.peak <= most.peak]
+    return min(best, key=lambda v: v[0].timeline.time * v[0].timeline.peak ** _WORTH)
