@@ -8,7 +8,7 @@ from dataclasses import replace
 from memplan.passes.fuse import Fuse
 from memplan.plans import Plan
 from memplan.problem import Phase
-from memplan.realise import Planned, contracted, finished, realise
+from memplan.realise import Planned, finished, realise
 from memplan.seek import Seek
 
 # Of the unplanned peak, tried without a budget until one costs time: what GPT-2, Llama and T5 recompute is free.
@@ -28,8 +28,8 @@ def spared(planned: Planned, budget: int | None, seek: Seek, estimated: bool) ->
         if options.fusion_enabled and not estimated:
             if options.objective == "peak":
                 return least(seek)
-            planned, limit = _free_of_time(planned, seek)
-            planned = realise(planned.built, planned.plan, options)
+            plan, limit = _free_of_time(seek, planned)
+            planned = realise(seek.built, plan, options)
         return finished(planned, options, replace(trial, limit=limit, measured=not estimated))
     best = finished(planned, options, trial)
     if best.timeline.peak <= budget and not estimated:
@@ -63,9 +63,15 @@ def _loosened(best: Planned, budget: int, seek: Seek, trial: Fuse) -> Planned:
     return best
 
 
+def _variants(plan: Plan, seek: Seek, fuse: Fuse) -> list[Planned]:
+    """A plan finished, and with recomputations that its regions take in: the solver counts with every result on its own,
+    and does not see how little those hold."""
+    variants = (realise(seek.built, plan, seek.options), seek.melted(plan))
+    return [finished(variant, seek.options, fuse) for variant in variants if variant is not None]
+
+
 def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool) -> Planned:
-    """The fastest within the budget of a plan and of looser ones with recomputations that regions take in: the solver
-    counts with every result on its own, and does not see how little those hold."""
+    """The fastest within the budget of a plan and of the variants of looser ones and of itself."""
     if not seek.may_melt:
         return best
 
@@ -77,9 +83,7 @@ def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool
         yield best.plan
 
     for plan in looser():
-        variants = (realise(seek.built, plan, seek.options), seek.melted(plan))
-        found = [finished(v, seek.options, trial) for v in variants if v is not None]
-        kept = [v for v in found if v.timeline.peak <= budget]
+        kept = [v for v in _variants(plan, seek, trial) if v.timeline.peak <= budget]
         if kept:  # what holds less is not faster
             fits = [best] if best.timeline.peak <= budget else []
             return min([*fits, *kept], key=lambda v: v.timeline.time)
@@ -88,36 +92,36 @@ def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool
 
 def least(seek: Seek) -> Planned:
     """What holds least, finished: what a refusal names must be kept when it is asked for, so it depends on no budget."""
-    plan, options = seek.least(), seek.options
+    options, plan = seek.options, seek.least().plan
     trial = Fuse(None, options.lowering, measured=False)
-    melted = seek.melted(plan.plan)
-    if melted is not None:
-        plan = min(plan, melted, key=lambda p: finished(p, options, trial).timeline.peak)
-    return finished(realise(seek.built, plan.plan, options), options, replace(trial, measured=True))
+    if seek.may_melt:
+        limits = [int(share * seek.stored.peak) for share in _SHARES]
+        plans = (seek.stored, *(seek.plan(limit).plan for limit in limits), plan)
+        found = [variant for each in plans for variant in _variants(each, seek, trial)]
+        plan = min(found, key=lambda v: v.timeline.peak).plan
+    return finished(realise(seek.built, plan, options), options, replace(trial, measured=True))
 
 
-def _free_of_time(planned: Planned, seek: Seek) -> tuple[Planned, int | None]:
+def _free_of_time(seek: Seek, planned: Planned) -> tuple[Plan, int | None]:
     """Without a budget: a plan that holds less, where what it recomputes melts into the backward's regions and so costs
     no time; and the bytes that its regions may hold."""
-    options = seek.options
-    if not options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
-        return planned, None
+    if not seek.options.recompute_enabled or all(op.phase == Phase.FORWARD for op in planned.problem.ops):
+        return planned.plan, None
 
-    def variants(candidate: Planned, limit: int | None) -> list[tuple[Planned, int | None]]:
-        fuse = Fuse(limit, options.lowering, measured=False)
-        melted = seek.melted(candidate.plan)
-        return [(contracted(plan, fuse), limit) for plan in (candidate, melted) if plan is not None]
+    def variants(plan: Plan, limit: int | None) -> list[tuple[Planned, int | None]]:
+        return [(v, limit) for v in _variants(plan, seek, Fuse(limit, seek.options.lowering, measured=False))]
 
-    found = variants(planned, None)
+    found = variants(planned.plan, None)
     most = found[0][0].timeline
     for share in _SHARES:
         limit = int(share * seek.stored.peak)
         candidate = seek.plan(limit)
         if candidate.timeline.peak > limit:
             break
-        fast = [v for v in variants(candidate, limit) if v[0].timeline.time <= _AS_FAST * most.time]
+        fast = [v for v in variants(candidate.plan, limit) if v[0].timeline.time <= _AS_FAST * most.time]
         if not fast:  # nor is what holds even less
             break
         found += fast
-    best = [v for v in found if v[0].timeline.peak <= most.peak]
-    return min(best, key=lambda v: v[0].timeline.time * v[0].timeline.peak ** _WORTH)
+    kept = [v for v in found if v[0].timeline.peak <= most.peak]
+    best, held = min(kept, key=lambda v: v[0].timeline.time * v[0].timeline.peak ** _WORTH)
+    return best.plan, held
