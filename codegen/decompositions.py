@@ -48,8 +48,8 @@ def _share(grad: Tensor, target: Tensor, reduction: int, ignore: int, total: Ten
 def loss_backward(
     grad: Tensor, logs: Tensor, target: Tensor, reduction: int, ignore: int, total: Tensor, again: Tensor
 ) -> Tensor:
-    """The gradient of a cross-entropy's logits, of which ``logs`` and ``again`` are the log-probabilities: what its two
-    ops give, to the bit, and no row summed up."""
+    """The gradient of a cross-entropy's logits, of which ``logs`` and ``again`` are the log-probabilities: what the
+    decompositions of its two ops give, to the bit, and no row summed up."""
     share = _share(grad, target, reduction, ignore, total)
     return _nll_loss_backward(grad, logs, target, None, reduction, ignore, total) - again.exp() * share
 

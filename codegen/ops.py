@@ -128,7 +128,7 @@ def is_fusible(node: fx.Node) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether what may join a region makes every element of its one result from a few others, and sums up nothing."""
+    """Whether what may join a region has one result and is not listed as a reduction: a region may repeat it freely."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or len(target._schema.returns) > 1:
         return False

@@ -240,7 +240,7 @@ class _Graph:
         cost = cost_model(self.options.runtime_estimator, profile)
         if self.options.fusion_enabled and ChooseProducts(cost).apply(capture.graph_module):
             self.trace.graph("products", capture.graph_module)
-        in_regions = device == "cpu" and _makes_inductor_regions(self.options)
+        in_regions = device == "cpu" and _makes_inductor_regions(self.options) and self.options.recompute_enabled
         if in_regions and SplitLogSoftmax().apply(capture.graph_module):
             self.trace.graph("log-softmax", capture.graph_module)
         self.planned = plan_capture(

@@ -19,7 +19,7 @@ from memplan.passes.reuse import any_overlays, overlaid
 from memplan.plans import Plan
 from memplan.realise import Planned, finished, has_symbolic_sizes, reuses
 from memplan.seek import Seek, Solved
-from memplan.spare import least, spared
+from memplan.spare import spared
 from memplan.trace import SILENT, Trace
 from memplan.validate import validate
 
@@ -121,11 +121,11 @@ def plan_frontier(
     highest = seek.stored.peak
     if floor >= highest:
         return []
-    lowest = max(floor, least(seek).timeline.peak)
+    lowest = max(floor, finished(seek.least(), options, Fuse(None, options.lowering)).timeline.peak)
     plans = []
     for k in range(points - 1):
         budget = lowest + (highest - lowest) * k // (points - 1)
-        planned = spared(seek.plan(budget), budget, seek, estimated=True)
+        planned = finished(seek.plan(budget), options, Fuse(budget, options.lowering))
         peak, plan = planned.timeline.peak, planned.plan
         if peak <= budget:
             plans.append(replace(plan, budget=budget, peak=peak, peak_bound=_peak_bound(planned, options)))
@@ -148,7 +148,7 @@ def _placed(planned: Planned, budget: int | None, seek: Seek, arranger: Arranger
             break
         tightened = min(tightened, candidate.timeline.peak) - (candidate.held - budget)
         candidate = finished(seek.plan(tightened), options, Fuse(budget, options.lowering))
-        if candidate.timeline.peak > tightened or candidate.plan.time > _ARENA_MAY_COST * planned.plan.time:
+        if candidate.timeline.peak > tightened or candidate.timeline.time > _ARENA_MAY_COST * planned.timeline.time:
             break
     log.info("no arena: beside what the caller holds it would not fit the budget")
     return replace(planned, budget=budget)

@@ -73,9 +73,9 @@ class _Candidate:
     @property
     def is_slowed(self) -> bool:
         """Whether its plan pays with time for the budget."""
-        found = self.estimate
+        found, free = self.estimate, self.outline
         return isinstance(found, BudgetInfeasibleError) or (
-            found is not None and found.plan.time > found.plan.unplanned_time
+            found is not None and free is not None and found.timeline.time > free.timeline.time
         )
 
     def rank(self, smallest: bool) -> tuple[float, ...]:

@@ -28,7 +28,8 @@ class Seek:
 
     def __init__(self, built: BuiltProblem, options: Options, limits: Limits, solved: Solved) -> None:
         self.built, self.options, self.limits, self.solved = built, options, limits, solved
-        self.stored = stored_plan(built.problem)
+        stored = stored_plan(built.problem)
+        self.stored = replace(stored, unplanned_peak=stored.peak, unplanned_time=stored.time)
         self.attempts = _ATTEMPTS if len(built.problem.ops) <= _QUICKLY_SOLVED else 1
 
     def plan(self, budget: int | None) -> Planned:
@@ -52,6 +53,10 @@ class Seek:
             overlays = _borne_out(planned, overlays, limit)
         planned = self._ask({}, budget, self.options)
         return self.least() if told and budget is not None and planned.counted > budget else planned
+
+    def within(self, limit: int) -> Planned:
+        """The solver's fastest plan for so many bytes, whatever is aimed at; the least one where none is found."""
+        return self._ask({}, limit, replace(self.options, objective="time"))
 
     def least(self) -> Planned:
         """The plan whose Program holds least, the same for every budget that is refused."""

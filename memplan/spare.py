@@ -27,7 +27,7 @@ def spared(planned: Planned, budget: int | None, seek: Seek, estimated: bool) ->
         limit = None
         if options.fusion_enabled and not estimated:
             if options.objective == "peak":
-                return least(seek)
+                return _least(seek)
             plan, limit = _free_of_time(seek, planned)
             planned = realise(seek.built, plan, options)
         return finished(planned, options, replace(trial, limit=limit, measured=not estimated))
@@ -41,7 +41,7 @@ def spared(planned: Planned, budget: int | None, seek: Seek, estimated: bool) ->
         found = finished(realise(planned.built, plan, options), options, replace(trial, measured=True))
         if found.timeline.peak <= budget:
             return found
-    return least(seek)
+    return _least(seek)
 
 
 def _loosened(best: Planned, budget: int, seek: Seek, trial: Fuse) -> Planned:
@@ -79,7 +79,7 @@ def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool
         yield seek.stored
         if best.timeline.peak > budget or not estimated:
             limits = [int(share * seek.stored.peak) for share in _SHARES]
-            yield from (seek.plan(limit).plan for limit in limits if limit > budget)
+            yield from (seek.within(limit).plan for limit in limits if limit > budget)
         yield best.plan
 
     for plan in looser():
@@ -90,14 +90,15 @@ def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool
     return best
 
 
-def least(seek: Seek) -> Planned:
+def _least(seek: Seek) -> Planned:
     """What holds least, finished: what a refusal names must be kept when it is asked for, so it depends on no budget."""
     options, plan = seek.options, seek.least().plan
     trial = Fuse(None, options.lowering, measured=False)
     if seek.may_melt:
         limits = [int(share * seek.stored.peak) for share in _SHARES]
-        plans = (seek.stored, *(seek.plan(limit).plan for limit in limits), plan)
-        found = [variant for each in plans for variant in _variants(each, seek, trial)]
+        plans = (seek.stored, *(seek.within(limit).plan for limit in limits), plan)
+        different = {each.sequence: each for each in plans}.values()
+        found = [variant for each in different for variant in _variants(each, seek, trial)]
         plan = min(found, key=lambda v: v.timeline.peak).plan
     return finished(realise(seek.built, plan, options), options, replace(trial, measured=True))
 
@@ -115,7 +116,7 @@ def _free_of_time(seek: Seek, planned: Planned) -> tuple[Plan, int | None]:
     most = found[0][0].timeline
     for share in _SHARES:
         limit = int(share * seek.stored.peak)
-        candidate = seek.plan(limit)
+        candidate = seek.within(limit)
         if candidate.timeline.peak > limit:
             break
         fast = [v for v in variants(candidate.plan, limit) if v[0].timeline.time <= _AS_FAST * most.time]
@@ -124,4 +125,6 @@ def _free_of_time(seek: Seek, planned: Planned) -> tuple[Plan, int | None]:
         found += fast
     kept = [v for v in found if v[0].timeline.peak <= most.peak]
     best, held = min(kept, key=lambda v: v[0].timeline.time * v[0].timeline.peak ** _WORTH)
+    if held is None and best.plan is not planned.plan:
+        held = most.peak  # what it would hold without regions may be more
     return best.plan, held

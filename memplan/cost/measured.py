@@ -25,7 +25,7 @@ from memplan.cost import Cost
 from memplan.cost.analytic import AnalyticCost, is_view, round_up
 from memplan.cost.cache import Cache
 from memplan.cost.pages import faults, seconds_per_fault, unavoidable
-from memplan.cost.signature import Layout, Signature, results, signature
+from memplan.cost.signature import Layout, Signature, describe, layouts, results, signature
 from memplan.cost.workspace import BLOCKED_LOSS, EXPERT_PRODUCTS, EXPERT_SUMS, OWN_RULES, masked_positions, unseen
 from memplan.devices import profile_for
 from memplan.meters import allocation_events
@@ -143,9 +143,12 @@ def measure(described: Signature, granularity: int) -> Cost:
     with _on_made_up_operands(described) as (run, own, on_gpu):
         made, events = allocation_events(run)  # the first run also pays for code generation and page faults
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(made))}
+        returned = layouts(describe(made))
         del made
         kept = sum(round_up(size, granularity) for pointer, size in storages.items() if pointer not in own)
         held = max(0, max(accumulate(events), default=0) - kept)
+        if described.target.name() in (EXPERT_PRODUCTS, EXPERT_SUMS):  # a real step's rows may all have one expert
+            held = max(held, OWN_RULES[described.target.name()](described, returned))
         fresh = unavoidable(size for size in events if size > 0)
         return Cost(_median_time(run, on_gpu, fresh), round_up(held, granularity))
 

@@ -8,12 +8,14 @@ region takes the value in, so that neither its bytes nor their traffic exist.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 
 from ortools.graph.python import max_flow
 
 from memplan.problem import Phase, Problem
 from memplan.solvers.recompute.lowest import is_valid
 
+_LONGER = 3  # times the sequence's runs
 _SPREAD = 8  # an element of one byte beside one of eight is none
 
 
@@ -23,7 +25,8 @@ def melted(
     """The sequence with the fewest bytes saved for the backward, where every reader of what is recomputed is fusible.
 
     ``fusible``: ops that may share a region with others of their phase; ``pointwise``: those of them that a region
-    repeats at no cost, with one result each. None where nothing would be recomputed, or the result broke a rule.
+    repeats at no cost, with one result each. None where nothing would be recomputed, or the result broke a rule or got
+    too long: each reader of a long chain's links would run what comes before them.
     """
     begin = next((at for at, i in enumerate(sequence) if problem.ops[i].phase != Phase.FORWARD), len(sequence))
     forward = {b for i in sequence[:begin] for b in problem.ops[i].writes}
@@ -32,8 +35,8 @@ def melted(
     again = _recomputed(problem, forward, wanted, pinned, pointwise)
     if not wanted & again:
         return None
-    result = tuple(_with_runs(problem, sequence, begin, again))
-    return result if is_valid(problem, result) else None
+    result = tuple(islice(_with_runs(problem, sequence, begin, again), _LONGER * len(sequence) + 1))
+    return result if len(result) <= _LONGER * len(sequence) and is_valid(problem, result) else None
 
 
 def _is_spread(problem: Problem, b: int) -> bool:

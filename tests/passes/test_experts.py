@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import memplan
+from memplan.cost.measured import measure
 from memplan.cost.signature import Signature, describe, layouts
 from memplan.cost.workspace import OWN_RULES
 from memplan.passes.calls import name_of
@@ -211,10 +212,11 @@ def test_small_products_of_narrow_numbers_are_computed_wide_and_rounded_once() -
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("width", (16, 512))
-def test_workspaces_are_those_of_the_kernels(dtype: torch.dtype, width: int) -> None:
-    rows, weight = torch.randn(96, width).to(dtype), torch.randn(4, width, 2 * width).to(dtype)
-    by = torch.ops.memplan.expert_order(torch.randint(0, 4, (96,)), 4)
+@pytest.mark.parametrize("width", (16, 256, 512))
+@pytest.mark.parametrize("experts", (1, 4), ids=("all rows with one expert", "rows spread"))
+def test_workspaces_are_no_less_than_the_kernels(dtype: torch.dtype, width: int, experts: int) -> None:
+    rows, weight = torch.randn(512, width).to(dtype), torch.randn(4, width, 2 * width).to(dtype)
+    by = torch.ops.memplan.expert_order(torch.randint(0, experts, (512,)), 4)
     for target, args in (
         (torch.ops.memplan.expert_products.default, (rows, weight, by, False)),
         (torch.ops.memplan.expert_sums.default, (rows, rows, by, 4)),
@@ -223,4 +225,5 @@ def test_workspaces_are_those_of_the_kernels(dtype: torch.dtype, width: int) -> 
         described = Signature(target, tuple(map(describe, args)), ())
         stated = OWN_RULES[target.name()](described, layouts(describe(result)))
         held = peak_above(partial(target, *args)) - result.nbytes
-        assert held <= stated + 4096 <= 2 * held + 32 * 1024
+        assert held <= stated + 4096
+        assert measure(described, 64).workspace >= stated

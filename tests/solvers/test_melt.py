@@ -136,3 +136,15 @@ def test_a_forward_alone_is_left(sequence: tuple[int, ...]) -> None:
     problem = chain((4, 8, 8))
     forward = Problem(problem.ops[: len(sequence)], problem.buffers, outputs=())
     assert melted(forward, sequence, {1, 2}, {1, 2}) is None
+
+
+def test_a_chain_whose_every_link_is_read_is_not_made_again_for_each() -> None:
+    """Link after link, each read by the backward: the runs would grow with the square of the chain."""
+    links = 50
+    forward = [Op(f"f{i}", reads=(i,), writes=(i + 1,)) for i in range(links)]
+    backward = [Op(f"b{i}", reads=(i + 1,), writes=(links + 1 + i,), phase=BACK) for i in range(links)]
+    problem = Problem(
+        (*forward, *backward), tuple(Buffer(f"x{b}", 8) for b in range(2 * links + 1)), outputs=(2 * links,)
+    )
+    everything = set(range(2 * links))
+    assert melted(problem, range(2 * links), everything, everything) is None
