@@ -1,4 +1,4 @@
-"""Log-probabilities that regions can make again: the maximum and the logarithm of the sum of a row tell them from its logits."""
+"""Log-probabilities that regions can make again: logits, and the maximum and the logarithm of the sum of each row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SplitLogSoftmax:
-    """Runs on a captured graph whose plan will have Inductor's regions. A log-softmax that its backward reads becomes the arithmetic of
-    its kernel, (x - max x) - log Σ exp(x - max x): a region of the backward then repeats the two differences, from
-    logits that are held anyway, and what is saved is two numbers a row in place of the whole matrix.
+    """Runs on a captured graph whose plan will have Inductor's regions. A log-softmax that its backward reads becomes
+    the arithmetic of its kernel, (x - max x) - log Σ exp(x - max x): a region of the backward then repeats the two
+    differences, from logits that are held anyway, and what is saved is two numbers a row in place of the whole matrix.
 
     Only where logits and result are of one wide dtype: of narrow ones the kernel rounds the result alone.
     """

@@ -243,8 +243,8 @@ def _loss_block(described: Signature, made: list[Layout]) -> int:
 
 
 def _sorted_rows(described: Signature, made: list[Layout]) -> int:
-    """The rows of two matrices, sorted: both operands, or an operand and the result; and how many there are of each. Small
-    products of narrow numbers have everything in float32 besides; of large ones oneDNN copies an expert's operands."""
+    """The rows of two matrices, sorted: both operands, or an operand and the result; and how many there are of each.
+    Small products of narrow numbers have everything in float32 besides; of large ones oneDNN copies operands."""
     first, second = described.operands()[:2]
     products = described.target.name() == EXPERT_PRODUCTS
     other, third = (made[0], second) if products else (second, made[0])
