@@ -34,7 +34,7 @@ def spared(planned: Planned, budget: int | None, seek: Seek, estimated: bool) ->
     best = finished(planned, options, trial)
     if best.timeline.peak <= budget and not estimated:
         best = _loosened(best, budget, seek, trial)
-    best = _melted(best, budget, seek, trial, estimated)
+    best = _fastest(best, budget, seek, trial, estimated)
     if estimated or not options.fusion_enabled:
         return best
     for plan in (best.plan, planned.plan) if best.timeline.peak <= budget else ():
@@ -63,6 +63,11 @@ def _loosened(best: Planned, budget: int, seek: Seek, trial: Fuse) -> Planned:
     return best
 
 
+def _limits(seek: Seek) -> list[int]:
+    """Bytes that plans are asked for beside the budget's, the loosest first."""
+    return [int(share * seek.stored.peak) for share in _SHARES]
+
+
 def _variants(plan: Plan, seek: Seek, fuse: Fuse) -> list[Planned]:
     """A plan finished, and with recomputations that its regions take in: the solver counts with every result on its own,
     and does not see how little those hold."""
@@ -70,16 +75,15 @@ def _variants(plan: Plan, seek: Seek, fuse: Fuse) -> list[Planned]:
     return [finished(variant, seek.options, fuse) for variant in variants if variant is not None]
 
 
-def _melted(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool) -> Planned:
-    """The fastest within the budget of a plan and of the variants of looser ones and of itself."""
+def _fastest(best: Planned, budget: int, seek: Seek, trial: Fuse, estimated: bool) -> Planned:
+    """The fastest within the budget: a plan, or a variant of a looser one or of itself."""
     if not seek.may_melt:
         return best
 
     def looser() -> Iterator[Plan]:
         yield seek.stored
         if best.timeline.peak > budget or not estimated:
-            limits = [int(share * seek.stored.peak) for share in _SHARES]
-            yield from (seek.within(limit).plan for limit in limits if limit > budget)
+            yield from (seek.within(limit).plan for limit in _limits(seek) if limit > budget)
         yield best.plan
 
     for plan in looser():
@@ -95,8 +99,7 @@ def _least(seek: Seek) -> Planned:
     options, plan = seek.options, seek.least().plan
     trial = Fuse(None, options.lowering, measured=False)
     if seek.may_melt:
-        limits = [int(share * seek.stored.peak) for share in _SHARES]
-        plans = (seek.stored, *(seek.within(limit).plan for limit in limits), plan)
+        plans = (seek.stored, *(seek.within(limit).plan for limit in _limits(seek)), plan)
         different = {each.sequence: each for each in plans}.values()
         found = [variant for each in different for variant in _variants(each, seek, trial)]
         plan = min(found, key=lambda v: v.timeline.peak).plan
@@ -114,8 +117,7 @@ def _free_of_time(seek: Seek, planned: Planned) -> tuple[Plan, int | None]:
 
     found = variants(planned.plan, None)
     most = found[0][0].timeline
-    for share in _SHARES:
-        limit = int(share * seek.stored.peak)
+    for limit in _limits(seek):
         candidate = seek.within(limit)
         if candidate.timeline.peak > limit:
             break
